@@ -1,0 +1,1 @@
+"""What both programs speak: the wire, the network architectures and the data sets."""

@@ -1,0 +1,1 @@
+"""nn.Modules that both programs must build alike: classifiers and the autoencoder."""

@@ -1,0 +1,110 @@
+"""The autoencoder: an encoder that ends in a ReLU and a decoder that ends in a sigmoid.
+
+The decoder is frozen after pre-training and merged into the black box, f'(z) = f(Dec(z)) (Zhang et al., ICLR 2022,
+section 4), so that zeroth-order estimation searches the latent, of dimension d, and not the pixels.
+"""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, PositiveInt
+from torch import Tensor, nn
+
+from shared.models.layers import Activation, Conv, ConvTranspose, Flatten, Layer, Linear, Unflatten, build
+
+RELU = Activation(kind="relu")
+SIGMOID = Activation(kind="sigmoid")
+
+Shape = tuple[int, int, int]
+
+
+class AutoencoderSpec(BaseModel):
+    """An autoencoder as data: images [b, *image_shape] <-> latents [b, latent]."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    image_shape: tuple[PositiveInt, PositiveInt, PositiveInt]
+    latent: PositiveInt
+    encoder: tuple[Layer, ...]
+    decoder: tuple[Layer, ...]
+
+
+class Autoencoder(nn.Module):
+    """`encode`: images [b, c, h, w] in [0, 1] -> latents [b, d] >= 0; `decode`: back, images in (0, 1)."""
+
+    def __init__(self, spec: AutoencoderSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.encoder = build(spec.encoder)
+        self.decoder = build(spec.decoder)
+
+    def encode(self, images: Tensor) -> Tensor:
+        return self.encoder(images)  # type: ignore[no-any-return]
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.decoder(latents)  # type: ignore[no-any-return]
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.decode(self.encode(images))
+
+
+def paper_cifar() -> AutoencoderSpec:
+    """The paper's autoencoder for [3, 32, 32], latent 192 (Zhang et al., ICLR 2022, appendix; public code)."""
+    # (in, out, kernel, stride, padding): 32 -> 8 -> 4 -> 2 -> 1; the decoder mirrors it with transposed convolutions.
+    steps = ((3, 24, 4, 4, 0), (24, 48, 3, 3, 2), (48, 96, 4, 2, 1), (96, 192, 2, 2, 0))
+    encoder: list[Layer] = []
+    for channels_in, channels_out, kernel, stride, padding in steps:
+        encoder += [
+            Conv(channels_in=channels_in, channels_out=channels_out, kernel=kernel, stride=stride, padding=padding),
+            RELU,
+        ]
+    decoder: list[Layer] = [Unflatten(shape=(192, 1, 1))]
+    for channels_in, channels_out, kernel, stride, padding in reversed(steps):
+        decoder += [
+            ConvTranspose(
+                channels_in=channels_out, channels_out=channels_in, kernel=kernel, stride=stride, padding=padding
+            ),
+            RELU,
+        ]
+    decoder[-1] = SIGMOID
+    return AutoencoderSpec(
+        image_shape=(3, 32, 32), latent=192, encoder=(*encoder, Flatten()), decoder=tuple(decoder)
+    )
+
+
+def pyramid(image_shape: Shape, latent: int, width: int = 32) -> AutoencoderSpec:
+    """An autoencoder for any image size: strided convolutions down to at most 4 x 4, then a linear layer.
+
+    Args:
+        image_shape: (c, h, w).
+        latent: dimension d of the latent.
+        width: channels after the first convolution; doubled at each further one, up to 128.
+    """
+    channels, height, size = image_shape[0], image_shape[1], image_shape[2]
+    encoder: list[Layer] = []
+    mirror: list[Layer] = []
+    out = width
+    while not encoder or max(height, size) > 4:
+        encoder += [Conv(channels_in=channels, channels_out=out, kernel=3, stride=2, padding=1), RELU]
+        # Kernel 3, stride 2, padding 1 takes n to ceil(n / 2); its mirror gives 2m - 1 plus output_padding.
+        halves = (height + 1) // 2, (size + 1) // 2
+        extra = (height - (2 * halves[0] - 1), size - (2 * halves[1] - 1))
+        mirror[:0] = [
+            ConvTranspose(
+                channels_in=out, channels_out=channels, kernel=3, stride=2, padding=1, output_padding=extra
+            ),
+            RELU,
+        ]
+        channels, (height, size), out = out, halves, min(2 * out, 128)
+    features = channels * height * size
+    mirror[-1] = SIGMOID
+    return AutoencoderSpec(
+        image_shape=image_shape,
+        latent=latent,
+        encoder=(*encoder, Flatten(), Linear(features_in=features, features_out=latent), RELU),
+        decoder=(
+            Linear(features_in=latent, features_out=features),
+            RELU,
+            Unflatten(shape=(channels, height, size)),
+            *mirror,
+        ),
+    )

@@ -1,0 +1,151 @@
+"""Names and messages of the wire: Open Inference Protocol v2 with the binary tensor extension.
+
+Source: the Open Inference Protocol specification (KServe / Triton), "Inference Protocol, HTTP/REST" and
+"Binary Tensor Data Extension". Messages are validated when built and used alike by client and server.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Final
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+MODEL_NAME: Final = "classifier"
+MODEL_VERSION: Final = "1"
+INPUT_NAME: Final = "images"
+OUTPUT_NAME: Final = "logits"
+BINARY_EXTENSION: Final = "binary_tensor_data"
+
+# Header names. HTTP compares them without regard to case.
+JSON_LENGTH_HEADER: Final = "Inference-Header-Content-Length"
+IDEMPOTENCY_KEY_HEADER: Final = "Idempotency-Key"
+QUERY_CHARGE_HEADER: Final = "Query-Charge"
+QUERY_REMAINING_HEADER: Final = "Query-Remaining"
+QUERY_RECEIPT_HEADER: Final = "Query-Receipt"
+
+BUDGET_ROUTE: Final = "/v1/budget"
+CHARGES_ROUTE: Final = "/v1/charges"
+METRICS_ROUTE: Final = "/metrics"
+INFER_ROUTE: Final = f"/v2/models/{MODEL_NAME}/infer"
+METADATA_ROUTE: Final = f"/v2/models/{MODEL_NAME}"
+
+MAX_IDEMPOTENCY_KEY: Final = 255
+CHARGES_PAGE: Final = 1000
+
+# Datatype -> numpy dtype on the wire, always little-endian. BF16 has no numpy dtype: its 16 bits travel as uint16
+# and are widened to float32 when read. BYTES has no fixed item size and no place in an image classifier.
+DATATYPES: Final[dict[str, np.dtype[Any]]] = {
+    "BOOL": np.dtype("?"),
+    "UINT8": np.dtype("u1"),
+    "UINT16": np.dtype("<u2"),
+    "UINT32": np.dtype("<u4"),
+    "UINT64": np.dtype("<u8"),
+    "INT8": np.dtype("i1"),
+    "INT16": np.dtype("<i2"),
+    "INT32": np.dtype("<i4"),
+    "INT64": np.dtype("<i8"),
+    "FP16": np.dtype("<f2"),
+    "FP32": np.dtype("<f4"),
+    "FP64": np.dtype("<f8"),
+    "BF16": np.dtype("<u2"),
+}
+
+Dimension = Annotated[int, Field(ge=0, le=2**31 - 1, strict=True)]
+
+
+class Message(BaseModel):
+    """A message of the wire: frozen, validated when built; unknown fields are ignored, as the protocol asks."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class TensorHeader(Message):
+    """One tensor in the JSON part: its bytes follow (`binary_data_size`) or its values stand in `data`."""
+
+    name: str
+    shape: Annotated[tuple[Dimension, ...], Field(max_length=16)]
+    datatype: str
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    data: Any = None
+
+
+class RequestedOutput(Message):
+    """An output the client asks for by name."""
+
+    name: str
+    parameters: dict[str, Any] = Field(default_factory=dict)
+
+
+class InferRequestHeader(Message):
+    """The JSON part of an inference request."""
+
+    id: str | None = None
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    inputs: tuple[TensorHeader, ...]
+    outputs: tuple[RequestedOutput, ...] = ()
+
+
+class InferResponseHeader(Message):
+    """The JSON part of an inference response."""
+
+    model_name: str = ""
+    model_version: str | None = None
+    id: str | None = None
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    outputs: tuple[TensorHeader, ...]
+
+
+class TensorMetadata(Message):
+    """A tensor as the model's metadata declares it; -1 stands for any length."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+
+
+class ModelMetadata(Message):
+    """`GET /v2/models/{model}`."""
+
+    name: str
+    versions: tuple[str, ...] = ()
+    platform: str = ""
+    inputs: tuple[TensorMetadata, ...]
+    outputs: tuple[TensorMetadata, ...]
+    parameters: dict[str, Any] = Field(default_factory=dict)
+
+
+class ServerMetadata(Message):
+    """`GET /v2`."""
+
+    name: str
+    version: str
+    extensions: tuple[str, ...] = ()
+
+
+class BudgetStatement(Message):
+    """`GET /v1/budget`: the caller's own account, in queries (one query is one row through the classifier)."""
+
+    client: str
+    budget: int
+    spent: int
+    remaining: int
+
+
+class ChargeEntry(Message):
+    """One ledger entry of the caller's, as `GET /v1/charges` returns it. `rows` is negative for a refund."""
+
+    seq: int
+    at: str
+    kind: str
+    rows: int
+    idempotency_key: str | None = None
+    body_sha256: str | None = None
+
+
+class ChargePage(Message):
+    """A page of the caller's ledger entries, oldest first; `next_after` is None on the last page."""
+
+    client: str
+    entries: tuple[ChargeEntry, ...]
+    next_after: int | None = None
