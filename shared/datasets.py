@@ -1,12 +1,14 @@
 """Images and labels by name: `digits` (embedded), torchvision's, npz files, an image folder.
 
-Every source becomes an `ImageSet`: uint8 images [n, c, h, w], int64 labels [n]. Nothing is downloaded for `digits`, npz and
-folders; torchvision's sets are downloaded into `--data DIR` once. Where a source has no split of its own, a fixed fifth of
-its images is the test set.
+Every source becomes an `ImageSet`: uint8 images [n, c, h, w], int64 labels [n]. Nothing is downloaded for `digits`, npz
+and folders; torchvision's sets are downloaded into `--data DIR` once. Where a source has no split of its own, a fixed
+fifth of its images is the test set.
 """
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -152,9 +154,10 @@ def _read_npz(files: list[Path]) -> tuple[Tensor, Tensor]:
                 if missing:
                     raise DatasetError(f"{path.name} has no array {' and '.join(sorted(missing))}")
                 x, y = arrays["images"], arrays["labels"]
-        except (OSError, ValueError) as error:
-            if isinstance(error, DatasetError):
-                raise
+        except DatasetError:
+            raise
+        except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            # A lone .npy array under this name has no `with` (TypeError); a cut or damaged archive is one of the rest.
             raise DatasetError(f"{path.name} cannot be read as npz: {error}") from error
         if x.dtype != np.uint8 or x.ndim not in (3, 4) or (x.ndim == 4 and x.shape[3] not in (1, 3)):
             raise DatasetError(
@@ -176,14 +179,21 @@ def _read_npz(files: list[Path]) -> tuple[Tensor, Tensor]:
 def _folder(data: Path, split: Split, image_size: int | None) -> ImageSet:
     from PIL import Image, UnidentifiedImageError
     from torchvision.datasets import ImageFolder
+    from torchvision.datasets.folder import find_classes
 
-    parts = {part: next((data / d for d in dirs if (data / d).is_dir()), None)
-             for part, dirs in (("train", _TRAIN_DIRS), ("test", _TEST_DIRS))}
+    parts = {
+        part: next((data / d for d in dirs if (data / d).is_dir()), None)
+        for part, dirs in (("train", _TRAIN_DIRS), ("test", _TEST_DIRS))
+    }
     own = parts["train"] is not None and parts["test"] is not None
-    root = parts[split] if own else data
-    assert root is not None
+    # A lone `train` is where the images are, not a class of that name.
+    root = (parts[split] if own else parts["train"]) or data
     try:
         source = ImageFolder(str(root))
+        # Numbered over both splits: else a class that only one of them has would shift the labels of the other.
+        classes = sorted(
+            {name for part in parts.values() if part for name in find_classes(str(part))[0]} if own else source.classes
+        )
     except (FileNotFoundError, OSError) as error:
         raise DatasetError(f"{root} is not an image folder (one sub-folder per class): {error}") from error
     images = []
@@ -200,7 +210,8 @@ def _folder(data: Path, split: Split, image_size: int | None) -> ImageSet:
     if len(sizes) > 1:
         raise DatasetError("the images of the folder differ in size: give an image size (image_size) to resize them to")
     stacked = torch.from_numpy(np.stack(images))
-    labels = torch.tensor([label for _, label in source.samples], dtype=torch.int64)
+    number = [classes.index(name) for name in source.classes]
+    labels = torch.tensor([number[label] for _, label in source.samples], dtype=torch.int64)
     if own:
-        return ImageSet(stacked, labels, len(source.classes))
-    return _fifth(stacked, labels, len(source.classes), split)
+        return ImageSet(stacked, labels, len(classes))
+    return _fifth(stacked, labels, len(classes), split)

@@ -66,9 +66,7 @@ def paper_cifar() -> AutoencoderSpec:
             RELU,
         ]
     decoder[-1] = SIGMOID
-    return AutoencoderSpec(
-        image_shape=(3, 32, 32), latent=192, encoder=(*encoder, Flatten()), decoder=tuple(decoder)
-    )
+    return AutoencoderSpec(image_shape=(3, 32, 32), latent=192, encoder=(*encoder, Flatten()), decoder=tuple(decoder))
 
 
 def pyramid(image_shape: Shape, latent: int, width: int = 32) -> AutoencoderSpec:
@@ -89,9 +87,7 @@ def pyramid(image_shape: Shape, latent: int, width: int = 32) -> AutoencoderSpec
         halves = (height + 1) // 2, (size + 1) // 2
         extra = (height - (2 * halves[0] - 1), size - (2 * halves[1] - 1))
         mirror[:0] = [
-            ConvTranspose(
-                channels_in=out, channels_out=channels, kernel=3, stride=2, padding=1, output_padding=extra
-            ),
+            ConvTranspose(channels_in=out, channels_out=channels, kernel=3, stride=2, padding=1, output_padding=extra),
             RELU,
         ]
         channels, (height, size), out = out, halves, min(2 * out, 128)

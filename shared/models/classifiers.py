@@ -1,7 +1,8 @@
 """Classifier architectures by name, and the normalisation in front of them.
 
 CIFAR ResNets: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, section 4.2 (3 stages of 16, 32 and
-64 channels, 6n + 2 layers, option-A shortcuts). State-dict names: `conv1, bn1, layer{1,2,3}.{i}.{conv,bn}{1,2}, linear`.
+64 channels, 6n + 2 layers, option-A shortcuts). State-dict names: `conv1, bn1, layer{1,2,3}.{i}.{conv,bn}{1,2},
+linear`.
 """
 
 from __future__ import annotations

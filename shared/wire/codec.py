@@ -1,7 +1,7 @@
 """numpy arrays <-> the bytes of Open Inference Protocol v2, binary tensors and JSON both.
 
-A binary body is J bytes of JSON (J in `Inference-Header-Content-Length`) and then the tensors' bytes in the order of the
-JSON, little-endian, row-major, unpadded. Reading makes no copy of the tensor bytes: arrays are views of the body.
+A binary body is J bytes of JSON (J in `Inference-Header-Content-Length`) and then the tensors' bytes in the order of
+the JSON, little-endian, row-major, unpadded. Reading makes no copy of the tensor bytes: arrays are views of the body.
 Whatever cannot be read raises `MalformedRequest` with what was wrong; no other exception leaves `decode_*`.
 """
 
@@ -92,7 +92,7 @@ def datatype_of(array: Array) -> str:
 def _tensor_bytes(array: Array) -> memoryview:
     """Row-major little-endian bytes of an array; a view where the array already is that."""
     wire = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
-    return memoryview(wire.reshape(-1).view(np.uint8))
+    return memoryview(wire.reshape(-1).view(np.uint8).data)
 
 
 def _dump(header: Mapping[str, Any]) -> bytes:
@@ -254,7 +254,8 @@ def _decode_tensors(headers: Sequence[protocol.TensorHeader], tail: memoryview, 
                 )
             if offset + size > len(tail):
                 raise MalformedRequest(
-                    f"{what} '{header.name}': its {size} bytes are cut short: {len(tail) - offset} bytes follow the JSON"
+                    f"{what} '{header.name}': its {size} bytes are cut short: "
+                    f"{len(tail) - offset} bytes follow the JSON"
                 )
             array = np.frombuffer(tail, dtype, count, offset) if count else np.empty(0, dtype)
             offset += size
@@ -264,9 +265,13 @@ def _decode_tensors(headers: Sequence[protocol.TensorHeader], tail: memoryview, 
         try:
             tensors[header.name] = array.reshape(header.shape)
         except ValueError as error:
-            raise MalformedRequest(f"{what} '{header.name}': shape {list(header.shape)} is impossible: {error}") from None
+            raise MalformedRequest(
+                f"{what} '{header.name}': shape {list(header.shape)} is impossible: {error}"
+            ) from None
     if offset != len(tail):
-        raise MalformedRequest(f"{len(tail) - offset} bytes follow the last tensor: the sizes do not add up to the body")
+        raise MalformedRequest(
+            f"{len(tail) - offset} bytes follow the last tensor: the sizes do not add up to the body"
+        )
     return tensors
 
 
@@ -280,6 +285,10 @@ def _from_json(header: protocol.TensorHeader, dtype: np.dtype[Any], count: int, 
     except (ValueError, OverflowError):
         raise MalformedRequest(f"{what} '{header.name}': 'data' is ragged: its rows differ in length") from None
     kinds = {"b": "b", "u": "iu", "i": "iu", "f": "fiu"}[dtype.kind]
+    if header.datatype == "UINT64" and values.dtype.kind == "f":
+        # numpy reads whole numbers on both sides of 2**63 as float64, which rounds them: keep them as Python's.
+        values = np.asarray(header.data, dtype=object)
+        kinds = "O" if all(type(value) is int for value in values.flat) else kinds
     if values.size and values.dtype.kind not in kinds:
         raise MalformedRequest(f"{what} '{header.name}': 'data' holds values that are not {header.datatype}")
     if values.size != count:

@@ -39,7 +39,7 @@ class OracleError(Exception):
     code: ClassVar[str] = "error"
     title: ClassVar[str] = "Error"
 
-    def __init__(self, detail: str, *, retry_after: float | None = None, **extensions: Any) -> None:
+    def __init__(self, detail: str, /, *, retry_after: float | None = None, **extensions: Any) -> None:
         super().__init__(detail)
         self.detail = detail
         self.retry_after = retry_after
@@ -164,7 +164,7 @@ def from_problem(status: int, body: bytes, retry_after: float | None = None) -> 
     """
     try:
         problem = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         problem = None
     if not isinstance(problem, dict):
         problem = {"detail": body[:500].decode("utf-8", "replace").strip() or f"HTTP status {status} without a body"}

@@ -1,0 +1,137 @@
+"""Certify a run's stack against the remote oracle: one row per image in `certified.tsv`, flushed as it goes.
+
+The form is the one the randomized-smoothing literature reads: `idx label predict radius correct time`, predict -1 for
+abstention, radius in l2 over pixels in [0, 1]. The stack is the one the run directory says; nothing of it can be left
+out.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from defender_client.config import CertifyConfig, ConfigError
+from defender_client.oracle_client import RemoteOracle
+from defender_client.progress import meter
+from defender_client.smoothing import Smooth
+from defender_client.stack import Stack
+from shared.datasets import ImageSet
+
+CERTIFIED_FILE = "certified.tsv"
+HEADER = "idx\tlabel\tpredict\tradius\tcorrect\ttime"
+PURPOSE = "certify"
+_BATCH = 1000
+
+
+@dataclass(frozen=True)
+class Row:
+    """One certified image; `predict` is -1 where it abstained, `radius` in l2 (0 for an abstention)."""
+
+    idx: int
+    label: int
+    predict: int
+    radius: float
+    correct: int
+
+
+class DefendedOracle:
+    """The base classifier that is smoothed, f(Dec(Enc(D(x)))): a callable from images [n, c, h, w] to logits [n, k]."""
+
+    def __init__(self, stack: Stack, oracle: RemoteOracle, purpose: str = PURPOSE) -> None:
+        self._stack, self._oracle, self._purpose = stack.eval(), oracle, purpose
+        self._label, self._calls = purpose, 0
+
+    def start(self, label: str) -> None:
+        """Name the batches that follow; the same name and bytes are charged once."""
+        self._label, self._calls = label, 0
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        self._calls += 1
+        asked = self._stack(images).numpy()
+        return torch.from_numpy(self._oracle.query(asked, purpose=self._purpose, label=f"{self._label}/{self._calls}"))
+
+
+def read(path: Path) -> list[Row]:
+    """Rows of a `certified.tsv`; an unfinished last line is left out. ConfigError where it is not such a file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return []
+    whole = text[: text.rfind("\n") + 1].splitlines()
+    if whole and whole[0] != HEADER:
+        raise ConfigError(f"{path} does not start with the header '{HEADER}'")
+    rows = []
+    for line in whole[1:]:
+        fields = line.split("\t")
+        try:
+            idx, label, predict, radius, correct = fields[:5]
+            rows.append(Row(int(idx), int(label), int(predict), float(radius), int(correct)))
+        except ValueError:
+            raise ConfigError(f"{path}: not a row: {line!r}") from None
+    return rows
+
+
+def certify(
+    stack: Stack, oracle: RemoteOracle, test: ImageSet, settings: CertifyConfig, seed: int, path: Path
+) -> list[Row]:
+    """Certify the first `settings.images` images of the test set (0: all), those in `path` already left alone.
+
+    The noise of an image depends on the seed and its index only, so that two stacks meet the same noise and an
+    interrupted image is asked again under the same keys, at no second charge.
+
+    Returns:
+        All rows, old and new.
+    """
+    rows = read(path)
+    done = {row.idx for row in rows}
+    indices = range(min(settings.images or len(test), len(test)))
+    todo = [index for index in indices if index not in done]
+    base = DefendedOracle(stack, oracle)
+    smooth = Smooth(base, stack.spec.classes, stack.spec.sigma)
+    _drop_torn_line(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        path.open("a", encoding="utf-8") as tsv,
+        meter("certify", len(indices), "images", len(indices) - len(todo)) as progress,
+    ):
+        if tsv.tell() == 0:
+            tsv.write(HEADER + "\n")
+            tsv.flush()
+        for index in todo:
+            start = time.monotonic()
+            base.start(f"{PURPOSE}/{settings.n0}-{settings.n}/{seed}/{index}")
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
+            image = test.floats(slice(index, index + 1))[0]
+            certificate = smooth.certify(image, settings.n0, settings.n, settings.alpha, _BATCH, generator)
+            label = int(test.labels[index])
+            # Rounded down: a certificate must not gain from being written.
+            radius = math.floor(certificate.radius * 1e6) / 1e6
+            row = Row(index, label, certificate.label, radius, int(certificate.label == label))
+            rows.append(row)
+            took = timedelta(seconds=time.monotonic() - start)
+            tsv.write(f"{row.idx}\t{row.label}\t{row.predict}\t{row.radius:.6f}\t{row.correct}\t{took}\n")
+            tsv.flush()
+            accuracy = sum(r.correct for r in rows) / len(rows)
+            progress.advance(note=f"accuracy {accuracy:.3f}", spent=oracle.log.total, left=oracle.remaining)
+    return rows
+
+
+def _drop_torn_line(path: Path) -> None:
+    """Cut off a last line that a kill left without its end."""
+    if path.exists():
+        whole = path.read_bytes()
+        path.write_bytes(whole[: whole.rfind(b"\n") + 1])
+
+
+def certified_accuracy(rows: list[Row], radius: float) -> float:
+    """Fraction of images classified correctly with a certified radius of at least `radius`; NaN for no image."""
+    if not rows:
+        return float("nan")
+    return sum(row.correct and row.radius >= radius for row in rows) / len(rows)

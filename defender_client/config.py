@@ -1,0 +1,268 @@
+"""A run's configuration: read once, frozen, saved beside the run, passed down.
+
+A preset is a TOML file in `presets/`; `--set section.key=value` changes single values. Unknown keys are refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tomllib
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from defender_client.models import DenoiserSpec
+from shared import datasets
+
+CONFIG_FILE = "config.json"
+CERTIFY_FILE = "certify.json"
+
+
+class ConfigError(ValueError):
+    """A preset, a `--set` or a saved configuration that cannot be used; the message says what to change."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DataConfig(_Section):
+    """Which images. `train_images` = 0 takes all that the validation split leaves."""
+
+    dataset: str = "digits"
+    validation_images: NonNegativeInt = 200
+    train_images: NonNegativeInt = 0
+    image_size: PositiveInt | None = None
+    augment: Literal["none", "flip", "crop-flip"] = "none"
+
+    @model_validator(mode="after")
+    def _known(self) -> DataConfig:
+        if self.dataset not in datasets.NAMES:
+            raise ValueError(f"no data set is called '{self.dataset}': choose one of {', '.join(datasets.NAMES)}")
+        return self
+
+
+class AutoencoderConfig(_Section):
+    """`auto` is the paper's for 3 x 32 x 32 images and latent 192, and a pyramid of convolutions elsewhere."""
+
+    architecture: Literal["auto", "paper", "pyramid", "none"] = "auto"
+    latent: PositiveInt = 192
+    width: PositiveInt = 32
+
+
+class EstimatorConfig(_Section):
+    """How gradients are estimated: `none` trains nothing (the undefended classifier). mu is the probes' step."""
+
+    name: Literal["rge", "cge", "none"] = "cge"
+    q: PositiveInt = 20
+    mu: PositiveFloat = 0.005
+    difference: Literal["forward", "central"] = "forward"
+
+
+class PretrainConfig(_Section):
+    """White-box pre-training on mean squared error, at zero queries: first the autoencoder, then (if its epochs are not
+    0) the denoiser, in front of the frozen autoencoder."""
+
+    autoencoder_epochs: NonNegativeInt = 20
+    denoiser_epochs: NonNegativeInt = 0
+    batch: PositiveInt = 256
+    lr: PositiveFloat = 1e-3
+    weight_decay: NonNegativeFloat = 1e-5
+
+
+class TrainConfig(_Section):
+    """Zeroth-order training. `schedule`: `constant`; `cosine` to zero; `paper`: Adam for the first third of the epochs,
+    then SGD at the same rate, divided by 10 for the last third (Zhang et al., ICLR 2022: 200 / 200 / 200)."""
+
+    epochs: PositiveInt = 20
+    batch: PositiveInt = 256
+    lr: PositiveFloat = 1e-3
+    schedule: Literal["constant", "cosine", "paper"] = "constant"
+    weight_decay: NonNegativeFloat = 1e-5
+    query_rows: PositiveInt = 2048
+    validate_every: PositiveInt = 1
+    checkpoint_every: PositiveInt = 1
+
+
+class CertifyConfig(_Section):
+    """Cohen et al. 2019: n0 draws choose the class, n draws bound its probability, at error alpha."""
+
+    n0: PositiveInt = 100
+    n: PositiveInt = 10_000
+    alpha: Annotated[float, Field(gt=0, lt=0.5)] = 0.001
+    images: NonNegativeInt = 0
+
+
+class RunConfig(_Section):
+    """Everything a run depends on besides the oracle and the data directory."""
+
+    preset: str
+    description: str = ""
+    seed: NonNegativeInt = 0
+    sigma: PositiveFloat = 0.25
+    data: DataConfig = DataConfig()
+    denoiser: DenoiserSpec = DenoiserSpec(architecture="dncnn")
+    autoencoder: AutoencoderConfig = AutoencoderConfig()
+    estimator: EstimatorConfig = EstimatorConfig()
+    pretrain: PretrainConfig = PretrainConfig()
+    train: TrainConfig = TrainConfig()
+    certify: CertifyConfig = CertifyConfig()
+
+    @model_validator(mode="after")
+    def _trainable(self) -> RunConfig:
+        if self.estimator.name != "none" and self.denoiser.architecture == "none":
+            raise ValueError("there is nothing to train without a denoiser: set estimator.name=none too")
+        return self
+
+
+def preset_names() -> list[str]:
+    """Presets shipped with the package."""
+    folder = resources.files("defender_client") / "presets"
+    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def load_preset(preset: str, settings: Sequence[str] = ()) -> RunConfig:
+    """A configuration from a preset and `--set` changes.
+
+    Args:
+        preset: a shipped preset's name, or a path to a TOML file of the same form.
+        settings: `section.key=value`; the value is read as JSON where it is JSON, else as a string.
+
+    Raises:
+        ConfigError: unknown preset, key or value.
+    """
+    path = Path(preset)
+    if path.suffix == ".toml":
+        if not path.is_file():
+            raise ConfigError(f"no such preset file: {preset}")
+        text = path.read_text(encoding="utf-8")
+    elif preset in preset_names():
+        text = (resources.files("defender_client") / "presets" / f"{preset}.toml").read_text(encoding="utf-8")
+    else:
+        raise ConfigError(f"no preset is called '{preset}': choose one of {', '.join(preset_names())}, or a .toml file")
+    try:
+        values: dict[str, Any] = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"preset {preset} is not valid TOML: {error}") from None
+    values["preset"] = path.stem if path.suffix == ".toml" else preset
+    for setting in settings:
+        _set(values, setting)
+    return _validated(values)
+
+
+def _set(values: dict[str, Any], setting: str) -> None:
+    key, equals, text = setting.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set takes section.key=value, not '{setting}'")
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = text
+    *sections, last = key.strip().split(".")
+    target = values
+    for section in sections:
+        target = target.setdefault(section, {})
+        if not isinstance(target, dict):
+            raise ConfigError(f"--set {setting}: '{section}' is not a section")
+    target[last] = value
+
+
+def _validated(values: Mapping[str, Any]) -> RunConfig:
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors(include_url=False):
+            where = ".".join(str(part) for part in problem["loc"])
+            lines.append(f"{where}: {problem['msg']}" if where else problem["msg"])
+        raise ConfigError("configuration: " + "; ".join(lines)) from None
+
+
+def save(config: RunConfig, run: Path) -> None:
+    """Write the configuration beside its run, or check that it is the one the run was started with.
+
+    Raises:
+        ConfigError: `run` was started with other values; the message lists them.
+    """
+    if (run / CONFIG_FILE).exists():
+        _check_same(load(run), config, f"{run} was started with another configuration", "choose another --out")
+        return
+    _write(config, run / CONFIG_FILE)
+
+
+def load(run: Path) -> RunConfig:
+    """The configuration a run was started with; ConfigError if `run` is not a run directory."""
+    try:
+        values = json.loads((run / CONFIG_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{run} is not a run directory: it has no {CONFIG_FILE} (start one with `train`)") from None
+    except ValueError as error:
+        raise ConfigError(f"{run / CONFIG_FILE} is not valid JSON: {error}") from None
+    return _validated(values)
+
+
+def certify_settings(config: RunConfig, run: Path, changes: Mapping[str, Any]) -> CertifyConfig:
+    """The settings of a certification: those it was started with, else the configuration's; then `changes`.
+
+    Raises:
+        ConfigError: values out of range, or other than those of the rows that are there already. The number of images
+            may change: it only says how far to go.
+    """
+    path = run / CERTIFY_FILE
+    try:
+        started = CertifyConfig.model_validate_json(path.read_bytes()) if path.exists() else None
+        settings = CertifyConfig.model_validate((started or config.certify).model_dump() | dict(changes))
+    except ValidationError as error:
+        raise ConfigError(f"certification: {error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}") from None
+    if started is not None:
+        same = started.model_copy(update={"images": settings.images})
+        _check_same(
+            same, settings, f"{run} was certified with other settings", "move its certified.tsv and certify.json away"
+        )
+    return settings
+
+
+def save_certify_settings(settings: CertifyConfig, run: Path) -> None:
+    """Write the settings beside the rows they made."""
+    _write(settings, run / CERTIFY_FILE)
+
+
+def _write(values: BaseModel, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(values.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _check_same(saved: BaseModel, given: BaseModel, what: str, remedy: str) -> None:
+    if saved == given:
+        return
+    old, new = _flat(saved.model_dump()), _flat(given.model_dump())
+    changed = [
+        f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in sorted(old | new) if old.get(key) != new.get(key)
+    ]
+    raise ConfigError(f"{what} ({'; '.join(changed)}): {remedy}")
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

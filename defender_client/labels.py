@@ -1,0 +1,49 @@
+"""The labels of the stability loss, argmax f(x) (Zhang et al., ICLR 2022, eq. 5): bought once per image, then kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from defender_client.losses import stability_labels
+from defender_client.oracle_client import RemoteOracle
+from defender_client.progress import meter
+from defender_client.stack import write_safetensors
+from shared.datasets import ImageSet
+
+LABELS_FILE = "oracle-labels.safetensors"
+PURPOSE = "labels"
+
+
+def bought(run: Path) -> bool:
+    """Whether the run has its labels already."""
+    return (run / LABELS_FILE).exists()
+
+
+def oracle_labels(run: Path, oracle: RemoteOracle, sets: dict[str, ImageSet], rows: int) -> dict[str, Tensor]:
+    """Labels int64 [n] of each set, from the oracle's answers to its clean images; one query per image, once per run.
+
+    Interrupted, it asks again under the same keys, which the server answers without a second charge.
+
+    Args:
+        run: the run's directory; the answers are kept there.
+        sets: image sets by name.
+        rows: images per request.
+    """
+    path = run / LABELS_FILE
+    if not path.exists():
+        logits: dict[str, Tensor] = {}
+        with meter("oracle labels", sum(len(images) for images in sets.values()), "images") as progress:
+            for name, images in sets.items():
+                parts = [np.empty((0, oracle.info.classes), np.float32)]
+                for start in range(0, len(images), rows):
+                    batch = images.floats(slice(start, start + rows)).numpy()
+                    parts.append(oracle.query(batch, purpose=PURPOSE, label=f"{PURPOSE}/{name}/{start}"))
+                    progress.advance(len(batch), spent=oracle.log.total, left=oracle.remaining)
+                logits[name] = torch.from_numpy(np.concatenate(parts))
+        write_safetensors(logits, path, {})
+    return {name: stability_labels(kept) for name, kept in safetensors.torch.load_file(path).items()}

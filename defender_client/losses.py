@@ -1,0 +1,34 @@
+"""Losses per row, in float64: a finite difference of losses loses digits that float32 does not have to spare."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def stability_labels(logits: Tensor) -> Tensor:
+    """The oracle's own hard labels, argmax f(x): logits [n, k] of clean images -> labels [n], int64.
+
+    Training against these asks the defended model to agree with the oracle, and needs no ground truth
+    (the stability loss of Zhang et al., ICLR 2022, section 4).
+
+    Raises:
+        ValueError: logits that are not [n, k].
+    """
+    if logits.ndim != 2:
+        raise ValueError(f"logits must be [n, k], not {list(logits.shape)}")
+    return logits.argmax(dim=1)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of each row: logits [n, k], labels [n] (int64, 0 to k - 1) -> losses [n] >= 0, float64.
+
+    Differentiable in `logits`, so that white-box training shares it.
+
+    Raises:
+        ValueError: logits that are not [n, k], or labels that are not [n].
+    """
+    if logits.ndim != 2 or labels.shape != logits.shape[:1]:
+        raise ValueError(f"logits [n, k] and labels [n] expected, not {list(logits.shape)} and {list(labels.shape)}")
+    # l_i = -log softmax(logits_i)[label_i]
+    return F.cross_entropy(logits.double(), labels, reduction="none")

@@ -1,0 +1,133 @@
+"""The client's own account: one JSON line before a request is sent, one when its answer is read.
+
+The first line is written before anything can be charged, so that after a kill at any moment every charge on the
+server's ledger is explained by a line here. A line cut off by a kill was not followed by a request, and is dropped.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any
+
+LOG_FILE = "queries.jsonl"
+
+
+@dataclass
+class LoggedRequest:
+    """A request as the client knows it. `charged` is None while no answer was read; a replay is charged 0."""
+
+    key: str
+    purpose: str
+    rows: int
+    charged: int | None = None
+    refused: str | None = None
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+
+class QueryLog:
+    """Append-only log of requests, kept in `path`; `path=None` keeps it in memory only."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._file: IO[str] | None = None
+        self.requests: dict[str, LoggedRequest] = {}
+        self.charged: Counter[str] = Counter()  # queries by purpose
+        if path is None:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            whole = self._load(path)
+            if whole < path.stat().st_size:
+                with path.open("rb+") as torn:
+                    torn.truncate(whole)
+        self._file = path.open("a", encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: Path) -> QueryLog:
+        """A log to look at: the file is neither changed nor added to."""
+        log = cls(None)
+        log._load(path)
+        return log
+
+    def sending(self, key: str, purpose: str, rows: int) -> None:
+        """A request is about to be sent (for the first time or again)."""
+        if key not in self.requests or self.requests[key].refused:
+            self._append({"key": key, "purpose": purpose, "rows": rows, "at": datetime.now(UTC).isoformat()})
+
+    def answered(self, key: str, charged: int, *, receipt: str | None, bytes_up: int, bytes_down: int) -> None:
+        """The answer of a request was read; `charged` is the server's Query-Charge, 0 for a replay.
+
+        A replay of a charge whose answer was lost settles it: the rows it had been charged are counted now.
+        """
+        known = self.requests[key]
+        if charged == 0:
+            total = known.rows if known.charged is None else known.charged
+        else:
+            total = (known.charged or 0) + charged
+        self._append({"key": key, "charged": total, "receipt": receipt, "up": bytes_up, "down": bytes_down})
+
+    def refused(self, key: str, code: str) -> None:
+        """The request was refused: nothing was charged."""
+        self._append({"key": key, "refused": code})
+
+    @property
+    def total(self) -> int:
+        """Queries charged in all answered requests."""
+        return self.charged.total()
+
+    @property
+    def unanswered(self) -> list[LoggedRequest]:
+        """Requests sent whose answer never came: the server may or may not have charged them."""
+        return [request for request in self.requests.values() if request.charged is None and not request.refused]
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _load(self, path: Path) -> int:
+        """Apply the file's whole lines; returns where the last one ends."""
+        whole = 0
+        for line, end in _lines(path):
+            self._apply(line)
+            whole = end
+        return whole
+
+    def _append(self, line: dict[str, Any]) -> None:
+        self._apply(line)
+        if self._file is not None:
+            self._file.write(json.dumps(line, separators=(",", ":")) + "\n")
+            # To the operating system: it survives this process, which is what can be killed.
+            self._file.flush()
+
+    def _apply(self, line: dict[str, Any]) -> None:
+        key = line["key"]
+        if "rows" in line:
+            self.requests[key] = LoggedRequest(key, line["purpose"], line["rows"])
+            return
+        request = self.requests[key]
+        if "refused" in line:
+            request.refused = line["refused"]
+            return
+        self.charged[request.purpose] += line["charged"] - (request.charged or 0)
+        request.charged = line["charged"]
+        request.bytes_up += line["up"]
+        request.bytes_down += line["down"]
+
+
+def _lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
+    """Whole lines of the log with the offset at which each ends."""
+    end = 0
+    with path.open("rb") as log:
+        for raw in log:
+            if not raw.endswith(b"\n"):
+                return
+            end += len(raw)
+            yield json.loads(raw), end

@@ -1,0 +1,103 @@
+"""What Prometheus reads: queries from the ledger, so that they survive any crash; the rest from this process."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from oracle_server.ledger import Ledger
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+_ROWS = tuple(float(2**i) for i in range(0, 14))
+
+
+class QueryCollector(Collector):
+    """Each client's account, read from the ledger at the moment of the scrape."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+
+    def describe(self) -> Iterable[Metric]:
+        return self._families()
+
+    def collect(self) -> Iterable[Metric]:
+        total, budget, remaining = families = self._families()
+        for client in self._ledger.list_clients():
+            total.add_metric([client.name], client.spent)
+            budget.add_metric([client.name], client.budget)
+            remaining.add_metric([client.name], client.account.remaining)
+        return families
+
+    @staticmethod
+    def _families() -> tuple[CounterMetricFamily, GaugeMetricFamily, GaugeMetricFamily]:
+        return (
+            CounterMetricFamily("oracle_queries", "Queries charged in the ledger, net of refunds.", labels=["client"]),
+            GaugeMetricFamily("oracle_query_budget", "Lifetime budget in queries.", labels=["client"]),
+            GaugeMetricFamily("oracle_queries_remaining", "Queries left of the budget.", labels=["client"]),
+        )
+
+
+class Metrics:
+    """The metrics of one app, in a registry of its own."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._registry = registry = CollectorRegistry()
+        registry.register(QueryCollector(ledger))
+        self.requests = Counter("oracle_requests", "HTTP requests answered.", ["status"], registry=registry)
+        self.duration = Histogram(
+            "oracle_request_duration_seconds",
+            "Time from a request's head to the end of its answer.",
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.batch_rows = Histogram(
+            "oracle_batch_rows", "Rows of an answered inference request.", buckets=_ROWS, registry=registry
+        )
+        self.inference = Histogram(
+            "oracle_inference_seconds", "Time the engine took for a batch.", buckets=_SECONDS, registry=registry
+        )
+        self.received = Counter("oracle_received_bytes", "Bytes of request bodies received.", registry=registry)
+        self.sent = Counter("oracle_sent_bytes", "Bytes of answers' bodies sent.", registry=registry)
+
+    def render(self, accept: str) -> tuple[bytes, str]:
+        """The exposition and its content type, in the format that an Accept header prefers. Reads the ledger."""
+        encode, content_type = choose_encoder(accept)
+        return encode(self._registry), content_type
+
+
+class MetricsMiddleware:
+    """Counts requests and their bytes, and takes their time."""
+
+    def __init__(self, app: ASGIApp, *, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        metrics, start, status = self._metrics, time.perf_counter(), "500"
+
+        async def counting_receive() -> Message:
+            message = await receive()
+            metrics.received.inc(len(message.get("body", b"")))
+            return message
+
+        async def counting_send(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = str(message["status"])
+            metrics.sent.inc(len(message.get("body", b"")))
+            await send(message)
+
+        try:
+            await self._app(scope, counting_receive, counting_send)
+        finally:
+            metrics.requests.labels(status).inc()
+            metrics.duration.observe(time.perf_counter() - start)

@@ -1,0 +1,113 @@
+"""The ledger's schema as numbered steps, recorded in the table `schema_migrations`.
+
+Append only: a step that was ever released is never edited. A change to the schema is a new step at the end. Each step
+describes its tables itself, so that it means the same whatever `tables` says later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    Connection,
+    ForeignKey,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    func,
+    insert,
+    select,
+)
+
+from oracle_server.clock import utc_now
+from oracle_server.database import LedgerError
+
+# SQLite numbers rows by itself only where the type is spelled INTEGER.
+_Serial = BigInteger().with_variant(Integer, "sqlite")
+
+
+@dataclass(frozen=True)
+class Migration:
+    """One step: its place in the order, what it does in words, and in deed."""
+
+    number: int
+    description: str
+    apply: Callable[[Connection], None]
+
+
+def _clients_and_entries(connection: Connection) -> None:
+    metadata = MetaData()
+    Table(
+        "clients",
+        metadata,
+        Column("id", _Serial, primary_key=True),
+        Column("name", String(200), nullable=False, unique=True),
+        Column("key_id", String(16), nullable=False, unique=True),
+        Column("key_hash", String(64), nullable=False),
+        Column("budget", BigInteger, nullable=False),
+        Column("spent", BigInteger, nullable=False),
+        Column("created_at", String(32), nullable=False),
+        Column("revoked_at", String(32)),
+    )
+    Table(
+        "entries",
+        metadata,
+        Column("seq", _Serial, primary_key=True),
+        Column("at", String(32), nullable=False),
+        Column("client_id", BigInteger, ForeignKey("clients.id"), nullable=False, index=True),
+        Column("kind", String(16), nullable=False),
+        Column("rows", BigInteger, nullable=False),
+        Column("amount", BigInteger),
+        Column("idempotency_key", String(255)),
+        Column("body_sha256", String(64)),
+        # A charge is refunded at most once. NULLs do not count as equal, neither in SQLite nor in PostgreSQL.
+        Column("refers_to", BigInteger, ForeignKey("entries.seq"), unique=True),
+        sqlite_autoincrement=True,  # a number is never given twice, even if the last entry were deleted by hand
+    )
+    Table(
+        "standing_keys",
+        metadata,
+        Column("client_id", BigInteger, ForeignKey("clients.id"), primary_key=True, autoincrement=False),
+        Column("idempotency_key", String(255), primary_key=True),
+        Column("seq", BigInteger, ForeignKey("entries.seq"), nullable=False),
+    )
+    metadata.create_all(connection)
+
+
+MIGRATIONS: tuple[Migration, ...] = (
+    Migration(1, "clients, entries and the idempotency keys that stand for a charge", _clients_and_entries),
+)
+
+_metadata = MetaData()
+_applied = Table(
+    "schema_migrations",
+    _metadata,
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("description", String(200), nullable=False),
+    Column("applied_at", String(32), nullable=False),
+)
+
+
+def migrate(connection: Connection, migrations: tuple[Migration, ...] = MIGRATIONS) -> list[int]:
+    """Bring a database to the newest schema, within the caller's transaction; returns the numbers that were applied.
+
+    Raises:
+        LedgerError: a newer version of this program has written the database.
+    """
+    _metadata.create_all(connection)
+    current = connection.scalar(select(func.max(_applied.c.number))) or 0
+    if current > migrations[-1].number:
+        raise LedgerError(
+            f"the ledger has schema {current} and this version knows {migrations[-1].number}: use a newer oracle-server"
+        )
+    pending = [step for step in migrations if step.number > current]
+    for step in pending:
+        step.apply(connection)
+        connection.execute(
+            insert(_applied).values(number=step.number, description=step.description, applied_at=utc_now())
+        )
+    return [step.number for step in pending]

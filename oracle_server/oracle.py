@@ -1,0 +1,80 @@
+"""The oracle: images in, logits out. It knows nothing of clients, budgets or HTTP."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from oracle_server.engines import Engine, build_engine
+from oracle_server.loading import Classifier, load_classifier
+from oracle_server.settings import Settings
+from shared.wire.errors import MalformedRequest, UnacceptableValues
+
+Float32 = NDArray[np.float32]
+
+
+class Oracle:
+    """Answers images [n, c, h, w] with logits [n, k].
+
+    Attributes:
+        image_shape: (c, h, w) of the images it reads.
+        classes: k, the number of logits.
+    """
+
+    def __init__(self, engine: Engine, image_shape: tuple[int, int, int], classes: int) -> None:
+        self.image_shape = image_shape
+        self.classes = classes
+        self._engine = engine
+
+    def check(self, images: NDArray[Any]) -> None:
+        """Refuse what cannot be answered; whoever charges does so after this.
+
+        Raises:
+            MalformedRequest: not float32, not [n, c, h, w] with this oracle's c, h, w, or without a row.
+            UnacceptableValues: a value that is not finite or not in [0, 1]; carries the `index` of the first one.
+        """
+        if images.dtype != np.float32:
+            raise MalformedRequest(f"images are {images.dtype}: send float32 (datatype FP32)")
+        if images.ndim != 4 or images.shape[1:] != self.image_shape:
+            raise MalformedRequest(
+                f"images have shape {list(images.shape)}: send [n, {', '.join(map(str, self.image_shape))}]"
+            )
+        if not len(images):
+            raise MalformedRequest("the batch has no row: send at least one image")
+        # A NaN anywhere makes both extremes NaN, and no comparison with NaN holds.
+        low, high = float(images.min()), float(images.max())
+        if not (low >= 0.0 and high <= 1.0):
+            raise _unacceptable(images)
+
+    def __call__(self, images: Float32) -> Float32:
+        """Logits float32 [n, k] of images that passed `check`."""
+        # torch only reads, but warns of arrays that it could not write to, such as views of a request's bytes.
+        writable = images if images.flags.writeable and images.flags.aligned else images.copy()
+        logits: Float32 = self._engine(torch.from_numpy(writable)).numpy()
+        return logits
+
+
+def build_oracle(settings: Settings) -> Oracle:
+    """The oracle that the settings describe.
+
+    Raises:
+        ModelError: the classifier cannot be loaded, or the device is not there.
+    """
+    classifier: Classifier = load_classifier(settings)
+    return Oracle(build_engine(classifier, settings), classifier.image_shape, classifier.classes)
+
+
+def _unacceptable(images: Float32) -> UnacceptableValues:
+    bad = ~((images >= 0.0) & (images <= 1.0))
+    count = int(bad.sum())
+    index = [int(i) for i in np.unravel_index(int(bad.argmax()), images.shape)]
+    value = float(images[tuple(index)])
+    what = f"{value:g} is outside [0, 1]" if np.isfinite(value) else f"{value} is not finite"
+    return UnacceptableValues(
+        f"images{index} = {what} ({count} such values of {images.size}): send pixels in [0, 1]; nothing was charged",
+        index=index,
+        count=count,
+    )

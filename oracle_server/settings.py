@@ -1,0 +1,47 @@
+"""The server's settings: read once by the CLI, frozen, and passed down."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+MIB = 2**20
+
+
+class Settings(BaseSettings):
+    """What is served, where, and within which limits. Each can be set by an environment variable, `ORACLE_<NAME>`."""
+
+    model_config = SettingsConfigDict(env_prefix="ORACLE_", frozen=True, extra="ignore")
+
+    # The classifier
+    model: str = "digits-cnn"
+    weights: str | None = None  # a file, or the name of torchvision's own weights
+    classes: PositiveInt | None = None
+    channels: PositiveInt | None = None
+    image_size: PositiveInt | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[PositiveFloat, ...] | None = None
+
+    # How it is computed
+    engine: Literal["auto", "eager"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    engine_block: PositiveInt = 256  # rows per call of the engine
+
+    # Where it is served, and where queries are counted
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8600  # 0: any free port
+    ledger: str = "sqlite:///oracle-ledger.db"
+
+    # Limits
+    max_batch_rows: PositiveInt = 4096
+    max_body_bytes: PositiveInt = 256 * MIB
+    body_timeout: PositiveFloat = 60.0  # seconds for a whole body to arrive
+    drain_timeout: PositiveFloat = 30.0  # seconds for requests in flight to finish after SIGTERM
+
+    @property
+    def weights_file(self) -> Path | None:
+        """`weights` as an existing file; None if it is not one."""
+        return Path(self.weights) if self.weights is not None and Path(self.weights).is_file() else None

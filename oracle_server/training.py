@@ -1,0 +1,148 @@
+"""Training a classifier for those who have none; with `noise_sigma`, one that withstands Gaussian noise.
+
+Gaussian augmentation: Cohen, Rosenfeld and Kolter, "Certified Adversarial Robustness via Randomized Smoothing", ICML
+2019, section 3.3: each training image gets fresh noise N(0, sigma^2 I).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from oracle_server.architectures import build
+from oracle_server.cpus import usable_cpus
+from oracle_server.weight_files import WeightsInfo, write_weights
+from shared import datasets
+from shared.datasets import DatasetError, ImageSet
+from shared.models.classifiers import Normalize
+
+_EVALUATION_BATCH = 512
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What to train, on what, and for how long.
+
+    `noise_sigma` is in pixel units of [0, 1]; `validation` is the number of training images kept for model selection;
+    `command` is recorded in the weights, so that they say how they came to be.
+    """
+
+    model: str
+    dataset: str
+    data: Path | None
+    out: Path
+    noise_sigma: float = 0.0
+    epochs: int = 30
+    batch: int = 64
+    lr: float = 2e-3
+    seed: int = 0
+    validation: int = 200
+    image_size: int | None = None
+    command: str = ""
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """Accuracies in [0, 1], under the plan's noise: of the best epoch on the validation images, and on the test set."""
+
+    epoch: int
+    validation_accuracy: float
+    test_accuracy: float
+
+
+def train_classifier(plan: TrainingPlan, say: Callable[[str], None]) -> TrainingResult:
+    """Train, keep the epoch that is best on the validation images, test it once, write it to `plan.out`.
+
+    Args:
+        plan: what to do.
+        say: receives a line per epoch where there is no terminal for a progress bar.
+
+    Raises:
+        DatasetError: the data cannot be used.
+        ModelError: no classifier has this name, or it cannot read these images.
+    """
+    torch.set_num_threads(usable_cpus())
+    whole = datasets.load(plan.dataset, plan.data, "train", image_size=plan.image_size)
+    test = datasets.load(plan.dataset, plan.data, "test", image_size=plan.image_size)
+    train, validation = datasets.train_validation(whole, plan.validation, plan.seed)
+    channels, size, width = whole.image_shape
+    if size != width:
+        raise DatasetError(f"images of '{plan.dataset}' are {size} x {width}: make them square (see --image-size)")
+    mean, std = _moments(train)
+    torch.manual_seed(plan.seed)  # initial weights; all later draws come from `generator`
+    network = build(plan.model, channels, whole.classes)
+    module = nn.Sequential(Normalize(mean, std), network)
+    generator = torch.Generator().manual_seed(plan.seed)
+    best_accuracy, best_epoch, best_state = -1.0, 0, network.state_dict()
+    for epoch, loss in _epochs(module, train, plan, generator):
+        accuracy = _accuracy(module, validation, plan)
+        if accuracy > best_accuracy:
+            best_accuracy, best_epoch = accuracy, epoch
+            best_state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+        if not Console(stderr=True).is_terminal:
+            say(f"epoch {epoch}/{plan.epochs}  loss {loss:.4f}  validation accuracy {accuracy:.4f}")
+    network.load_state_dict(best_state)
+    result = TrainingResult(best_epoch, best_accuracy, _accuracy(module, test, plan))
+    info = WeightsInfo(plan.model, channels, size, whole.classes, mean, std, plan.command or None)
+    write_weights(plan.out, best_state, info)
+    return result
+
+
+def _moments(train: ImageSet) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel, of images in [0, 1]."""
+    pixels = train.images.transpose(0, 1).flatten(1).double() / 255.0
+    mean, std = pixels.mean(1), pixels.std(1).clamp_min(1e-3)
+    return tuple(round(float(x), 4) for x in mean), tuple(round(float(x), 4) for x in std)
+
+
+def _noisy(images: Tensor, sigma: float, generator: torch.Generator) -> Tensor:
+    """images + N(0, sigma^2 I)."""
+    return images + sigma * torch.randn(images.shape, generator=generator) if sigma else images
+
+
+def _epochs(
+    module: nn.Module, train: ImageSet, plan: TrainingPlan, generator: torch.Generator
+) -> Iterator[tuple[int, float]]:
+    """Train epoch by epoch with AdamW and a one-cycle rate; yields (epoch from 1, mean loss) after each."""
+    steps = math.ceil(len(train) / plan.batch)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=plan.lr, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=plan.lr, total_steps=steps * plan.epochs)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("training", total=steps * plan.epochs)
+        for epoch in range(1, plan.epochs + 1):
+            module.train()
+            total = 0.0
+            for index in torch.randperm(len(train), generator=generator).split(plan.batch):
+                images = _noisy(train.floats(index), plan.noise_sigma, generator)
+                loss = F.cross_entropy(module(images), train.labels[index])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                total += loss.item() * len(index)
+                progress.advance(task)
+            mean_loss = total / len(train)
+            progress.update(task, description=f"epoch {epoch}  loss {mean_loss:.4f}")
+            yield epoch, mean_loss
+
+
+def _accuracy(module: nn.Module, images: ImageSet, plan: TrainingPlan) -> float:
+    """Share of images classified rightly under the plan's noise, the same noise at every call."""
+    generator = torch.Generator().manual_seed(plan.seed)
+    module.eval()
+    right = 0
+    with torch.inference_mode():
+        for index in torch.arange(len(images)).split(_EVALUATION_BATCH):
+            logits = module(_noisy(images.floats(index), plan.noise_sigma, generator))
+            right += int((logits.argmax(1) == images.labels[index]).sum())
+    return right / len(images)
