@@ -322,7 +322,3 @@ def _reported_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         errors.print("stopped; the same command resumes it")
         raise typer.Exit(130) from None
-
-
-if __name__ == "__main__":
-    app()

@@ -112,10 +112,10 @@ def serve(
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
 
-    from oracle_server.allocator import keep_memory
     from oracle_server.server import ServeError
     from oracle_server.server import serve as run
     from oracle_server.weight_files import ModelError
+    from shared.allocator import keep_memory
 
     with _one_line(ModelError, ServeError):
         keep_memory()

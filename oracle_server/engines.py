@@ -25,7 +25,7 @@ class EagerEngine:
 
     def __init__(self, module: nn.Module, device: torch.device, block: int) -> None:
         # Convolutions run on channels-last memory 1.2 times faster here; the arithmetic is the same to 1e-5.
-        self._module = module.to(device, memory_format=torch.channels_last)
+        self._module = module.to(device).to(memory_format=torch.channels_last)
         self._device = device
         self._block = block
 

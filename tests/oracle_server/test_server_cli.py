@@ -78,7 +78,7 @@ def test_verify_and_export_explain_the_ledger() -> None:
         (("clients", "list"), "no ledger"),
         (("clients", "add", "a", "--budget", "1", "--ledger", "mysql://h/d"), "not supported"),
         (("clients", "add", "a", "--budget", "1", "--key-file-mode", "9", "--key-file", "f"), "octal"),
-        (("serve", "--model", "resnet19"), "did you mean resnet1"),
+        (("serve", "--model", "resnet19", "--port", "0"), "did you mean resnet1"),
         (("serve", "--model", "resnet18", "--port", "0"), "needs --weights"),
         (("serve", "--weights", "none.safetensors", "--port", "0"), "no weights file"),
         (("serve", "--ledger", "none/x.db", "--port", "0"), "does not exist"),
