@@ -1,5 +1,15 @@
-"""`python -m defender_client` is the `defender-client` command."""
+"""The `defender-client` command."""
 
-from defender_client.cli import app
+from shared import process
 
-app()
+
+def main() -> None:
+    """Prepare the process, then run the command line (which loads torch)."""
+    process.prepare()
+    from defender_client.cli import app
+
+    app()
+
+
+if __name__ == "__main__":
+    main()

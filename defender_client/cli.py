@@ -40,7 +40,6 @@ from defender_client.report import report as write_report
 from defender_client.run_directory import locked
 from defender_client.train import STACK_FILE
 from defender_client.train import train as run_training
-from shared.allocator import keep_memory
 from shared.datasets import DatasetError
 from shared.version import VERSION
 from shared.wire.errors import BudgetExhausted, OracleError
@@ -70,7 +69,6 @@ def main(version: Annotated[bool, typer.Option("--version", help="Print the vers
     if version:
         console.print(VERSION)
         raise typer.Exit
-    keep_memory()
 
 
 @app.command()

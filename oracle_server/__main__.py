@@ -1,5 +1,15 @@
-"""`python -m oracle_server` is `oracle-server`."""
+"""The `oracle-server` command."""
 
-from oracle_server.cli import app
+from shared import process
 
-app()
+
+def main() -> None:
+    """Prepare the process, then run the command line (which loads torch)."""
+    process.prepare()
+    from oracle_server.cli import app
+
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -115,10 +115,8 @@ def serve(
     from oracle_server.server import ServeError
     from oracle_server.server import serve as run
     from oracle_server.weight_files import ModelError
-    from shared.allocator import keep_memory
 
     with _one_line(ModelError, ServeError):
-        keep_memory()
         run(_settings(given), lambda url: typer.echo(f"listening on {url}"))
 
 
