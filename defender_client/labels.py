@@ -9,6 +9,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from defender_client.config import ConfigError
 from defender_client.losses import stability_labels
 from defender_client.oracle_client import RemoteOracle
 from defender_client.progress import meter
@@ -33,6 +34,9 @@ def oracle_labels(run: Path, oracle: RemoteOracle, sets: dict[str, ImageSet], ro
         run: the run's directory; the answers are kept there.
         sets: image sets by name.
         rows: images per request.
+
+    Raises:
+        ConfigError: the labels kept are of another number of images.
     """
     path = run / LABELS_FILE
     if not path.exists():
@@ -46,4 +50,11 @@ def oracle_labels(run: Path, oracle: RemoteOracle, sets: dict[str, ImageSet], ro
                     progress.advance(len(batch), spent=oracle.log.total, left=oracle.remaining)
                 logits[name] = torch.from_numpy(np.concatenate(parts))
         write_safetensors(logits, path, {})
-    return {name: stability_labels(kept) for name, kept in safetensors.torch.load_file(path).items()}
+    kept = safetensors.torch.load_file(path)
+    for name, images in sets.items():
+        if len(kept[name]) != len(images):
+            raise ConfigError(
+                f"{path} holds labels of {len(kept[name])} {name} images and the data set has {len(images)}: "
+                "this run was started with other data"
+            )
+    return {name: stability_labels(answers) for name, answers in kept.items()}

@@ -33,6 +33,7 @@ from shared.wire.errors import (
     OracleError,
     RateLimited,
     RequestInFlight,
+    Unauthorized,
     Unavailable,
     UnexpectedAnswer,
     from_problem,
@@ -43,6 +44,11 @@ M = TypeVar("M", bound=protocol.Message)
 _CHUNK = 256 * 1024
 _DEFAULT_MAX_ROWS = 1024
 _RETRY_STATUSES = frozenset({502, 504})
+# After these nobody knows whether the request was charged: it is being answered, or a proxy lost the answer.
+_UNKNOWN_STATUSES = _RETRY_STATUSES | {RequestInFlight.status}
+# Never sent, and never will be: nothing that waiting could mend.
+_OUR_FAULT = (httpx.UnsupportedProtocol, httpx.LocalProtocolError)
+_HEADER_BYTES = 1024  # more than the JSON part of a request
 
 
 class OracleUnreachable(OracleError):
@@ -58,7 +64,7 @@ class OracleInfo:
     Attributes:
         image_shape: (c, h, w) of the images it takes.
         classes: length k of a vector of logits.
-        max_rows: the largest batch it takes in one request.
+        max_rows: the largest batch it takes in one request, by its limits on rows and on bytes.
     """
 
     image_shape: tuple[int, int, int]
@@ -92,6 +98,9 @@ class RemoteOracle:
     ) -> None:
         headers = {"User-Agent": f"zo-defense/{VERSION}"}
         if api_key:
+            if not re.fullmatch(r"[!-~]+", api_key):
+                # Not shown, and not left to httpx, whose complaint would show it.
+                raise Unauthorized("the API key holds a character that no key has, such as a space or a line's end")
             headers["Authorization"] = f"Bearer {api_key}"
         try:
             self._http = httpx.Client(
@@ -101,6 +110,8 @@ class RemoteOracle:
                 timeout=httpx.Timeout(30.0, connect=10.0, read=600.0, write=120.0),
                 transport=transport,
             )
+            if self._http.base_url.scheme not in ("http", "https") or not self._http.base_url.host:
+                raise ValueError("write http://HOST:PORT")
         except (httpx.InvalidURL, ValueError) as error:
             raise OracleUnreachable(f"'{url}' is not an address of a server: {error}") from None
         self.url = url
@@ -127,10 +138,11 @@ class RemoteOracle:
                     f"[-1, c, h, w] and output '{protocol.OUTPUT_NAME}' [-1, k]"
                 )
             _, c, h, w = image.shape
-            cap = metadata.parameters.get("max_batch_rows")
-            self._info = OracleInfo(
-                (c, h, w), logits.shape[1], cap if isinstance(cap, int) and cap > 0 else _DEFAULT_MAX_ROWS
-            )
+            rows = _limit(metadata, "max_batch_rows") or _DEFAULT_MAX_ROWS
+            body = _limit(metadata, "max_body_bytes")
+            if body is not None:
+                rows = max(1, min(rows, (body - _HEADER_BYTES) // max(1, 4 * c * h * w)))
+            self._info = OracleInfo((c, h, w), logits.shape[1], rows)
         return self._info
 
     def budget(self) -> protocol.BudgetStatement | None:
@@ -199,24 +211,40 @@ class RemoteOracle:
             "Content-Length": str(encoded.size),
             "Content-Type": "application/octet-stream",
         }
+        # Whether an attempt, now or before a kill, may have been charged without our knowing. A refusal after it says
+        # nothing about that attempt: the log then keeps the request as unanswered, for the ledger to settle.
+        known = self.log.requests.get(key)
+        lost = known is not None and known.charged is None and not known.refused
         self.log.sending(key, purpose, len(images))
+
+        def send() -> httpx.Response:
+            nonlocal lost
+            try:
+                response = self._http.post(protocol.INFER_ROUTE, content=_stream(encoded), headers=headers)
+            except (httpx.ConnectError, httpx.ConnectTimeout, *_OUR_FAULT):
+                raise
+            except httpx.RequestError:
+                lost = True
+                raise
+            lost = lost or response.status_code in _UNKNOWN_STATUSES
+            return response
+
         try:
-            response = self._retrying(
-                lambda: self._http.post(protocol.INFER_ROUTE, content=_stream(encoded), headers=headers)
-            )
-        except OracleUnreachable:
-            raise  # unknown whether it was charged: the log keeps it as unanswered
+            response = self._retrying(send)
+        except (OracleUnreachable, UnexpectedAnswer):
+            raise
         except OracleError as error:
-            self.log.refused(key, error.code)
+            if not lost:
+                self.log.refused(key, error.code)
             raise
         logits = self._read_logits(response, len(images))
-        charge = response.headers.get(protocol.QUERY_CHARGE_HEADER)
-        left = response.headers.get(protocol.QUERY_REMAINING_HEADER)
-        if left is not None and left.isdigit():
-            self.remaining = int(left)
+        charge = _whole(response.headers.get(protocol.QUERY_CHARGE_HEADER))
+        left = _whole(response.headers.get(protocol.QUERY_REMAINING_HEADER))
+        if left is not None:
+            self.remaining = left
         self.log.answered(
             key,
-            int(charge) if charge is not None and charge.isdigit() else len(images),
+            len(images) if charge is None else charge,
             receipt=response.headers.get(protocol.QUERY_RECEIPT_HEADER),
             bytes_up=encoded.size,
             bytes_down=len(response.content),
@@ -226,9 +254,10 @@ class RemoteOracle:
     def _read_logits(self, response: httpx.Response, rows: int) -> NDArray[np.float32]:
         length = response.headers.get(protocol.JSON_LENGTH_HEADER)
         try:
-            if length is not None and not re.fullmatch(r"\d+", length):
-                raise MalformedRequest(f"{protocol.JSON_LENGTH_HEADER} is not a number: {length!r}")
-            answer = codec.decode_response(response.content, int(length) if length is not None else None)
+            json_length = _whole(length)
+            if length is not None and json_length is None:
+                raise MalformedRequest(f"{protocol.JSON_LENGTH_HEADER} is not a number of bytes: {length[:20]!r}")
+            answer = codec.decode_response(response.content, json_length)
         except MalformedRequest as error:
             raise UnexpectedAnswer(f"the oracle's answer cannot be read: {error.detail}") from None
         logits = answer.outputs.get(protocol.OUTPUT_NAME)
@@ -236,6 +265,8 @@ class RemoteOracle:
         if logits is None or logits.shape != expected:
             shape = None if logits is None else list(logits.shape)
             raise UnexpectedAnswer(f"expected '{protocol.OUTPUT_NAME}' {list(expected)}, the oracle sent {shape}")
+        if not np.isfinite(logits).all():
+            raise UnexpectedAnswer(f"the oracle sent '{protocol.OUTPUT_NAME}' that are not finite")
         return np.array(logits, dtype=np.float32)
 
     # --- HTTP ---
@@ -254,7 +285,10 @@ class RemoteOracle:
         deadline = time.monotonic() + self._retry_seconds
 
         def attempt() -> httpx.Response:
-            response = send()
+            try:
+                response = send()
+            except httpx.DecodingError as error:
+                raise UnexpectedAnswer(f"the oracle's answer cannot be read: {error}") from None
             if response.is_success:
                 return response
             raise from_problem(response.status_code, response.content, _retry_after(response))
@@ -301,13 +335,27 @@ def _stream(encoded: codec.Encoded) -> Iterator[bytes]:
             yield bytes(view[start : start + _CHUNK])
 
 
+def _limit(metadata: protocol.ModelMetadata, name: str) -> int | None:
+    """A limit that our own server states among its model's parameters; None if this one does not."""
+    value = metadata.parameters.get(name)
+    return value if isinstance(value, int) and value > 0 else None
+
+
+def _whole(header: str | None) -> int | None:
+    """A header that is a whole number, and of a length that one can have."""
+    return int(header) if header is not None and re.fullmatch(r"[0-9]{1,15}", header) else None
+
+
 def _retry_after(response: httpx.Response) -> float | None:
+    # The other form, a date, is left to our own backoff.
     value = response.headers.get("Retry-After", "")
-    return float(value) if re.fullmatch(r"\d+(\.\d+)?", value) else None
+    return float(value) if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", value) else None
 
 
 def _may_pass(error: BaseException) -> bool:
     """Whether trying again can help: lost connections, a busy or restarting server, the same request in flight."""
+    if isinstance(error, _OUR_FAULT):
+        return False
     if isinstance(error, UnexpectedAnswer):
         return error.extensions.get("answered_status") in _RETRY_STATUSES
     return isinstance(error, httpx.TransportError | RateLimited | Unavailable | RequestInFlight | InternalError)

@@ -17,6 +17,10 @@ from typing import IO, Any
 LOG_FILE = "queries.jsonl"
 
 
+class LogDamaged(ValueError):
+    """A whole line of the log is not one that was written: somebody changed the file."""
+
+
 @dataclass
 class LoggedRequest:
     """A request as the client knows it. `charged` is None while no answer was read; a replay is charged 0."""
@@ -95,8 +99,14 @@ class QueryLog:
     def _load(self, path: Path) -> int:
         """Apply the file's whole lines; returns where the last one ends."""
         whole = 0
-        for line, end in _lines(path):
-            self._apply(line)
+        for number, (raw, end) in enumerate(_lines(path), start=1):
+            try:
+                self._apply(json.loads(raw))
+            except (ValueError, KeyError, TypeError) as error:
+                raise LogDamaged(
+                    f"{path} is damaged in line {number} ({type(error).__name__}: {error}): the account of this run "
+                    "cannot be read"
+                ) from None
             whole = end
         return whole
 
@@ -110,19 +120,22 @@ class QueryLog:
     def _apply(self, line: dict[str, Any]) -> None:
         key = line["key"]
         if "rows" in line:
-            self.requests[key] = LoggedRequest(key, line["purpose"], line["rows"])
+            # Announced again after a refusal: what an earlier answer was charged for stays.
+            known = self.requests.setdefault(key, LoggedRequest(key, line["purpose"], line["rows"]))
+            known.refused = None
             return
         request = self.requests[key]
         if "refused" in line:
             request.refused = line["refused"]
             return
-        self.charged[request.purpose] += line["charged"] - (request.charged or 0)
-        request.charged = line["charged"]
-        request.bytes_up += line["up"]
-        request.bytes_down += line["down"]
+        charged, up, down = line["charged"], line["up"], line["down"]
+        self.charged[request.purpose] += charged - (request.charged or 0)
+        request.charged = charged
+        request.bytes_up += up
+        request.bytes_down += down
 
 
-def _lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
+def _lines(path: Path) -> Iterator[tuple[bytes, int]]:
     """Whole lines of the log with the offset at which each ends."""
     end = 0
     with path.open("rb") as log:
@@ -130,4 +143,4 @@ def _lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
             if not raw.endswith(b"\n"):
                 return
             end += len(raw)
-            yield json.loads(raw), end
+            yield raw, end

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -280,6 +281,9 @@ def learning_rate(settings: TrainConfig, epoch: int, batch: int, samples: int) -
 def _whole_steps() -> Iterator[Callable[[], bool]]:
     """Let SIGINT and SIGTERM wait for the end of the current step; a second signal ends at once."""
     caught = False
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False  # signals are the main thread's; whoever runs training elsewhere handles them there
+        return
 
     def note(number: int, frame: FrameType | None) -> None:
         nonlocal caught
