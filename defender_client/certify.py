@@ -61,7 +61,7 @@ class DefendedOracle:
 def read(path: Path) -> list[Row]:
     """Rows of a `certified.tsv`; an unfinished last line is left out. ConfigError where it is not such a file."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         return []
     whole = text[: text.rfind("\n") + 1].splitlines()
@@ -106,7 +106,7 @@ def certify(
             tsv.flush()
         for index in todo:
             start = time.monotonic()
-            base.start(f"{PURPOSE}/{settings.n0}-{settings.n}/{seed}/{index}")
+            base.start(image_label(settings, seed, index))
             generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
             image = test.floats(slice(index, index + 1))[0]
             certificate = smooth.certify(image, settings.n0, settings.n, settings.alpha, _BATCH, generator)
@@ -123,11 +123,17 @@ def certify(
     return rows
 
 
+def image_label(settings: CertifyConfig, seed: int, index: int) -> str:
+    """Names the queries of one image; the same name and bytes are charged once."""
+    return f"{PURPOSE}/{settings.n0}-{settings.n}/{seed}/{index}"
+
+
 def _drop_torn_line(path: Path) -> None:
     """Cut off a last line that a kill left without its end."""
     if path.exists():
-        whole = path.read_bytes()
-        path.write_bytes(whole[: whole.rfind(b"\n") + 1])
+        # Cut, not written anew: a kill between the two would cost every row.
+        with path.open("rb+") as tsv:
+            tsv.truncate(tsv.read().rfind(b"\n") + 1)
 
 
 def certified_accuracy(rows: list[Row], radius: float) -> float:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -35,7 +37,7 @@ from defender_client.plan import Plan, PlanUnaffordable
 from defender_client.plan import plan as make_plan
 from defender_client.pretrain import PRETRAINED_FILE
 from defender_client.pretrain import pretrain as run_pretraining
-from defender_client.query_log import LOG_FILE, QueryLog
+from defender_client.query_log import LOG_FILE, LogDamaged, QueryLog
 from defender_client.report import report as write_report
 from defender_client.run_directory import locked
 from defender_client.train import STACK_FILE
@@ -52,8 +54,8 @@ app = typer.Typer(
     help="Learn a defence in front of a classifier you may only query, and certify it.\n\n"
     "The API key comes from `ORACLE_API_KEY` (or a file named by `ORACLE_API_KEY_FILE`).",
 )
-console = Console(highlight=False)
-errors = Console(stderr=True, highlight=False)
+console = Console(highlight=False, soft_wrap=True)
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 Preset = Annotated[str, typer.Argument(help="A preset's name (see `presets`) or a .toml file.", show_default=False)]
 OracleUrl = Annotated[str, typer.Option("--oracle", envvar="ORACLE_URL", help="The oracle's address.")]
@@ -93,6 +95,9 @@ def plan(
     """Queries, bytes and time a run will take, against the budget that is left. Exit code 3 if it cannot be paid."""
     with _reported_errors():
         config = _config(preset, dataset, settings)
+        if out is not None and (out / configs.CONFIG_FILE).exists():
+            configs.save(config, out)  # which checks that it is the run's own
+            config = config.model_copy(update={"certify": configs.certify_settings(config, out, {})})
         with RemoteOracle(oracle, _api_key()) as remote:
             splits = load_splits(config.data, data, config.seed)
             check_fit(splits.train, remote.info.image_shape)
@@ -289,13 +294,14 @@ def _config(preset: str, dataset: str | None, settings: list[str] | None) -> Run
 
 
 def _api_key() -> str | None:
-    key = os.environ.get(KEY_VARIABLE)
+    key = os.environ.get(KEY_VARIABLE, "").strip()
     file = os.environ.get(f"{KEY_VARIABLE}_FILE")
     if not key and file:
         try:
             key = Path(file).read_text(encoding="utf-8").strip()
-        except OSError as error:
-            raise ConfigError(f"{KEY_VARIABLE}_FILE={file} cannot be read: {error.strerror}") from None
+        except (OSError, UnicodeDecodeError) as error:
+            why = getattr(error, "strerror", "it is not text")
+            raise ConfigError(f"{KEY_VARIABLE}_FILE={file} cannot be read: {why}") from None
     return key or None
 
 
@@ -305,18 +311,23 @@ def _oracle(url: str, run: Path, run_id: str) -> RemoteOracle:
 
 @contextmanager
 def _reported_errors() -> Iterator[None]:
-    """One line for what a user can mend, and the exit code that goes with it."""
+    """One line for what a user can mend, and the exit code that goes with it. SIGTERM interrupts as Ctrl-C does."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler) if in_main_thread else None
     try:
         yield
-    except (ConfigError, DatasetError, CheckpointError) as error:
-        errors.print(f"error: {error}", markup=False, soft_wrap=True)
+    except (ConfigError, DatasetError, CheckpointError, LogDamaged, OSError) as error:
+        errors.print(f"error: {error}", markup=False)
         raise typer.Exit(2) from None
     except (PlanUnaffordable, BudgetExhausted) as error:
-        errors.print(f"budget: {error}", markup=False, soft_wrap=True)
+        errors.print(f"budget: {error}", markup=False)
         raise typer.Exit(3) from None
     except OracleError as error:
-        errors.print(f"oracle: {error.title}: {error.detail}", markup=False, soft_wrap=True)
+        errors.print(f"oracle: {error.title}: {error.detail}", markup=False)
         raise typer.Exit(4) from None
     except KeyboardInterrupt:
         errors.print("stopped; the same command resumes it")
         raise typer.Exit(130) from None
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)

@@ -37,7 +37,7 @@ class ConfigError(ValueError):
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class DataConfig(_Section):
@@ -149,7 +149,10 @@ def load_preset(preset: str, settings: Sequence[str] = ()) -> RunConfig:
     if path.suffix == ".toml":
         if not path.is_file():
             raise ConfigError(f"no such preset file: {preset}")
-        text = path.read_text(encoding="utf-8")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"preset {preset} is not valid TOML: {error}") from None
     elif preset in preset_names():
         text = (resources.files("defender_client") / "presets" / f"{preset}.toml").read_text(encoding="utf-8")
     else:

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 
-from defender_client import checkpoints, labels, zo
-from defender_client.certify import CERTIFIED_FILE
-from defender_client.certify import read as read_rows
+from defender_client import certify, checkpoints, labels, zo
 from defender_client.checkpoints import CHECKPOINT_FILE, Progress
 from defender_client.config import RunConfig
 from defender_client.data import gaussian
 from defender_client.oracle_client import RemoteOracle
 from defender_client.pretrain import fresh_stack
+from defender_client.query_log import LOG_FILE, QueryLog
 from defender_client.stack import StackSpec
+from shared.wire.errors import NotFound
 
 _FLOAT32 = 4
 _TRIAL_SECONDS = 1.0
@@ -95,20 +97,23 @@ def plan(
         measure: time the defender's own part with a second of training on random images.
     """
     train, validation, test = sizes
-    progress, labelled, certified = _done(run)
-    samples = queries = checks = 0
+    progress, paid = _progress(run), _paid(run, oracle)
+    samples = queries = checks = bought = 0
     if config.estimator.name != "none":
         batches_done = min(progress.batch * config.train.batch, train)
-        samples = (config.train.epochs - progress.epoch) * train - batches_done
-        queries = samples * queries_per_sample(config, spec)
         every, epochs = config.train.validate_every, config.train.epochs
-        # Every so many epochs, and after the last one.
-        checks = validation * sum(1 for e in range(progress.epoch + 1, epochs + 1) if e % every == 0 or e == epochs)
-    else:
-        labelled = True
-    images = min(config.certify.images or test, test)
-    certification = max(images - certified, 0) * (config.certify.n0 + config.certify.n)
-    bought = 0 if labelled else train + validation
+        samples = (epochs - progress.epoch) * train - batches_done
+        # What stands behind the checkpoint, less what was paid beyond it before a kill: that is asked again, for free.
+        each_costs = queries_per_sample(config, spec)
+        queries = min(samples * each_costs, _left(epochs * train * each_costs, paid, "train"))
+        checked = [epoch for epoch in range(1, epochs + 1) if epoch % every == 0 or epoch == epochs]
+        checks = min(
+            validation * sum(epoch > progress.epoch for epoch in checked),
+            _left(validation * len(checked), paid, "validation"),
+        )
+        if run is None or not labels.bought(run):
+            bought = _left(train + validation, paid, labels.PURPOSE)
+    certification = _certification(config, run, test, paid)
     total = bought + queries + checks + certification
     budget = oracle.budget()
     seconds = None
@@ -143,21 +148,55 @@ def queries_per_sample(config: RunConfig, spec: StackSpec) -> int:
     return made.queries_per_sample(dimension)
 
 
-def _done(run: Path | None) -> tuple[Progress, bool, int]:
-    if run is None:
-        return Progress(), False, 0
-    saved = checkpoints.load(run / CHECKPOINT_FILE)
-    return (
-        saved.progress if saved is not None else Progress(),
-        labels.bought(run),
-        len(read_rows(run / CERTIFIED_FILE)),
-    )
+def _progress(run: Path | None) -> Progress:
+    saved = checkpoints.load(run / CHECKPOINT_FILE) if run is not None else None
+    return saved.progress if saved is not None else Progress()
+
+
+def _paid(run: Path | None, oracle: RemoteOracle) -> dict[str, int]:
+    """Queries the run has paid for by their label; requests whose answer was lost as the ledger settles them."""
+    if run is None or not (run / LOG_FILE).exists():
+        return {}
+    log = QueryLog.read(run / LOG_FILE)
+    paid = Counter({request.key: request.charged for request in log.requests.values() if request.charged})
+    lost = {request.key for request in log.unanswered}
+    if lost:
+        with suppress(NotFound):  # a server that keeps no ledger
+            for entry in oracle.charges():
+                if entry.idempotency_key in lost:
+                    paid[entry.idempotency_key] += entry.rows
+    # A key is RUN/LABEL/DIGEST.
+    by_label: Counter[str] = Counter()
+    for key, rows in paid.items():
+        by_label[key.partition("/")[2].rpartition("/")[0]] += rows
+    return dict(by_label)
+
+
+def _left(total: int, paid: dict[str, int], label: str) -> int:
+    """What is left of `total` queries after those paid under labels that begin with `label`."""
+    return max(0, total - sum(rows for paid_label, rows in paid.items() if paid_label.startswith(f"{label}/")))
+
+
+def _certification(config: RunConfig, run: Path | None, test: int, paid: dict[str, int]) -> int:
+    """Queries left to certify the images that have no row yet."""
+    settings = config.certify
+    done = {row.idx for row in certify.read(run / certify.CERTIFIED_FILE)} if run is not None else set()
+    todo = [index for index in range(min(settings.images or test, test)) if index not in done]
+    begun: Counter[str] = Counter()  # an image that a kill interrupted is paid for in part
+    for label, rows in paid.items():
+        begun[label.rsplit("/", 2)[0]] += rows  # IMAGE/CALL/POSITION
+    each = settings.n0 + settings.n
+    return sum(max(0, each - begun[certify.image_label(settings, config.seed, index)]) for index in todo)
 
 
 def _oracle_seconds(oracle: RemoteOracle) -> float | None:
     """Seconds of inference per query so far, from the server's metrics; None before its first answer."""
     sums = {"oracle_inference_seconds_sum": 0.0, "oracle_batch_rows_sum": 0.0}
-    for family in text_string_to_metric_families(oracle.metrics()):
+    try:
+        metrics = oracle.metrics()
+    except NotFound:  # a server that is not ours
+        return None
+    for family in text_string_to_metric_families(metrics):
         for sample in family.samples:
             if sample.name in sums:
                 sums[sample.name] += sample.value

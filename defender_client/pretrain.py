@@ -41,7 +41,10 @@ def pretrain(config: RunConfig, spec: StackSpec, run: Path, splits: Splits) -> S
     """
     path = run / PRETRAINED_FILE
     if path.exists():
-        return stacks.load(path)
+        stack = stacks.load(path)
+        # `pretrain` asks no oracle: the number of classes it went by is the data set's guess.
+        stack.spec = spec
+        return stack
     stack = fresh_stack(spec, config.seed)
     autoencoder = stack.autoencoder
     if autoencoder is not None:

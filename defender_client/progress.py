@@ -13,7 +13,7 @@ from rich.progress import Progress as RichProgress
 
 _LINE_SECONDS = 15.0
 
-console = Console(stderr=True, highlight=False)
+console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 class Meter:
@@ -42,9 +42,7 @@ class Meter:
         elif now - self._last_line > _LINE_SECONDS or self._done >= self._total:
             self._last_line = now
             remaining = timedelta(seconds=round((self._total - self._done) / max(rate, 1e-9)))
-            console.print(
-                f"{self._description}: {self._done:,}/{self._total:,} · {line} · {remaining} left", soft_wrap=True
-            )
+            console.print(f"{self._description}: {self._done:,}/{self._total:,} · {line} · {remaining} left")
 
 
 @contextmanager

@@ -95,7 +95,7 @@ def read_run(run: Path) -> Result:
                 continue  # cut off by a kill
             curve[point["step"]] = point  # an epoch validated again after a kill replaces itself
     return Result(
-        name=run.name,
+        name=run.resolve().name,  # also of "."
         config=config,
         certification=configs.certify_settings(config, run, {}),
         rows=certify.read(run / certify.CERTIFIED_FILE),

@@ -29,7 +29,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from defender_client import checkpoints, zo
 from defender_client import stack as stacks
-from defender_client.checkpoints import CHECKPOINT_FILE, Progress
+from defender_client.checkpoints import CHECKPOINT_FILE, CheckpointError, Progress
 from defender_client.config import RunConfig, TrainConfig
 from defender_client.data import Splits, augment, epoch_order, gaussian
 from defender_client.labels import oracle_labels
@@ -252,12 +252,15 @@ class _Trainer:
 
     def _restore(self, checkpoint: checkpoints.Checkpoint) -> None:
         self._progress = checkpoint.progress
-        self._stack.load_state_dict(checkpoint.stack)
         epoch = max(checkpoint.progress.epoch - (checkpoint.progress.batch == 0), 0)
         self._optimizer = self._new_optimizer(epoch)
-        self._optimizer.load_state_dict(checkpoint.optimizer)
-        for name, generator in self._generators.items():
-            generator.set_state(checkpoint.generators[name])
+        try:
+            self._stack.load_state_dict(checkpoint.stack)
+            self._optimizer.load_state_dict(checkpoint.optimizer)
+            for name, generator in self._generators.items():
+                generator.set_state(checkpoint.generators[name])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{self._run / CHECKPOINT_FILE} belongs to another run: {error}") from None
 
 
 def optimizer_kind(settings: TrainConfig, epoch: int) -> type[torch.optim.Optimizer]:

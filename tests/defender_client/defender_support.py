@@ -98,9 +98,7 @@ def opened(run: Path, url: str, key: str, transport: httpx.BaseTransport | None 
         yield oracle
 
 
-def train_here(
-    config: RunConfig, run: Path, url: str, key: str, transport: httpx.BaseTransport | None = None
-) -> Stack:
+def train_here(config: RunConfig, run: Path, url: str, key: str, transport: httpx.BaseTransport | None = None) -> Stack:
     """What `train` does, without the command."""
     splits = load_splits(config.data, None, config.seed)
     with opened(run, url, key, transport) as oracle:
@@ -161,13 +159,14 @@ class Interfering(httpx.BaseTransport):
 
     Args:
         before: called with the number before the request is sent; it may raise, or return an answer of its own.
-        after: called with the number when the server has answered; it may raise, and the answer is lost.
+        after: called with the number when the server has answered; it may raise, or return another answer: either way
+            the server's is lost.
     """
 
     def __init__(
         self,
         before: Callable[[int], httpx.Response | None] = lambda number: None,
-        after: Callable[[int], None] = lambda number: None,
+        after: Callable[[int], httpx.Response | None] = lambda number: None,
     ) -> None:
         self._real = httpx.HTTPTransport()
         self._before, self._after = before, after
@@ -183,8 +182,7 @@ class Interfering(httpx.BaseTransport):
             return own
         response = self._real.handle_request(request)
         response.read()
-        self._after(number)
-        return response
+        return self._after(number) or response
 
     def close(self) -> None:
         self._real.close()
@@ -213,7 +211,7 @@ class CuttingProxy:
         self._threads[0].start()
 
     def cut(self, *, sent: int = 0, reset: bool = False) -> None:
-        """Of the next answer, let `sent` bytes through, then close the connection, with a reset or in an orderly way."""
+        """Of the next answer, let `sent` bytes through, then close the connection: in good order, or with a reset."""
         self._cuts.append((sent, reset))
 
     @property

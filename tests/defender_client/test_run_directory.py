@@ -29,9 +29,7 @@ def test_one_at_a_time(tmp_path: Path) -> None:
 def test_a_kill_frees_the_lock(tmp_path: Path) -> None:
     run = tmp_path / "run"
     long = ("--set", "pretrain.autoencoder_epochs=100000")
-    with command(
-        "defender_client", "pretrain", write_tiny(tmp_path), "--out", run, *long, output=tmp_path / "log"
-    ) as working:
+    with command("defender_client", "pretrain", write_tiny(tmp_path), "--out", run, *long, output=tmp_path / "log"):
         wait_until((run / "pretrain-autoencoder.safetensors").exists)
         with pytest.raises(ConfigError, match="another process"), locked(run):
             pass
