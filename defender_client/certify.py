@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from defender_client.appending import drop_torn_line
 from defender_client.config import CertifyConfig, ConfigError
 from defender_client.oracle_client import RemoteOracle
 from defender_client.progress import meter
@@ -95,7 +96,7 @@ def certify(
     todo = [index for index in indices if index not in done]
     base = DefendedOracle(stack, oracle)
     smooth = Smooth(base, stack.spec.classes, stack.spec.sigma)
-    _drop_torn_line(path)
+    drop_torn_line(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with (
         path.open("a", encoding="utf-8") as tsv,
@@ -126,14 +127,6 @@ def certify(
 def image_label(settings: CertifyConfig, seed: int, index: int) -> str:
     """Names the queries of one image; the same name and bytes are charged once."""
     return f"{PURPOSE}/{settings.n0}-{settings.n}/{seed}/{index}"
-
-
-def _drop_torn_line(path: Path) -> None:
-    """Cut off a last line that a kill left without its end."""
-    if path.exists():
-        # Cut, not written anew: a kill between the two would cost every row.
-        with path.open("rb+") as tsv:
-            tsv.truncate(tsv.read().rfind(b"\n") + 1)
 
 
 def certified_accuracy(rows: list[Row], radius: float) -> float:

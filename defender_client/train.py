@@ -29,6 +29,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from defender_client import checkpoints, zo
 from defender_client import stack as stacks
+from defender_client.appending import drop_torn_line
 from defender_client.checkpoints import CHECKPOINT_FILE, CheckpointError, Progress
 from defender_client.config import RunConfig, TrainConfig
 from defender_client.data import Splits, augment, epoch_order, gaussian
@@ -205,6 +206,7 @@ class _Trainer:
                 "loss": result.loss,
                 "agreement": result.agreement,
             }
+            drop_torn_line(self._run / CURVE_FILE)
             with (self._run / CURVE_FILE).open("a", encoding="utf-8") as curve:
                 curve.write(json.dumps(line) + "\n")
             if result.agreement >= best:
