@@ -261,6 +261,8 @@ def _command(package: str, arguments: list[str], environment: dict[str, str], ou
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.environ.update(environment)
+    # Whoever runs the tests in the background may have ignored SIGINT, and children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = [package, *arguments]
     importlib.import_module(f"{package}.cli").app(arguments)
 
