@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import logging
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ import pytest
 import torch
 from conftest import MAX_ROWS
 from defender_support import CuttingProxy, Interfering, ServerProcess, at, spent, wait_until
-from oracle_support import Caller, Running, digits, running
+from oracle_support import Caller, Held, Running, digits, running
 from torch import nn
 
 from defender_client.oracle_client import OracleUnreachable, RemoteOracle
@@ -278,18 +277,6 @@ def test_a_wait_that_is_too_long_is_not_begun(server: Running, caller: Caller) -
         ask(oracle)
     assert busy.count == 1
     assert time.monotonic() - start < 2
-
-
-class Held:
-    """An engine that waits until it is let go."""
-
-    def __init__(self) -> None:
-        self.entered, self.go = threading.Event(), threading.Event()
-
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        self.entered.set()
-        assert self.go.wait(30)
-        return torch.zeros(len(images), 3)
 
 
 def test_a_request_that_is_still_being_answered_is_waited_for(tmp_path: Path) -> None:

@@ -82,7 +82,9 @@ def test_only_the_oracle_s_health_is_asked_for() -> None:
 def test_no_index_is_named() -> None:
     for path in (*DOCKER.iterdir(), ROOT / "docker-compose.yml"):
         if path.is_file():
-            assert not re.search(r"--(extra-)?index[-]url|--find-links|--trusted-host", path.read_text(encoding="utf-8"))
+            assert not re.search(
+                r"--(extra-)?index[-]url|--find-links|--trusted-host", path.read_text(encoding="utf-8")
+            )
 
 
 def test_the_requirements_are_pyproject_s(tmp_path: Path) -> None:

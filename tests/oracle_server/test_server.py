@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,8 +11,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-import torch
-from oracle_support import Caller, digits, logits_of, process, refused, running
+from oracle_support import Caller, Held, digits, logits_of, process, refused, running
 
 from oracle_server.ledger import Ledger
 from oracle_server.oracle import Oracle
@@ -53,18 +51,6 @@ def test_a_kill_loses_no_count(path: Path) -> None:
         assert child.wait(20) == 0
         assert key.secret not in (child.stderr.read() if child.stderr else "")
     ledger.close()
-
-
-class Held:
-    """An engine that waits until it is let go."""
-
-    def __init__(self) -> None:
-        self.entered, self.go = threading.Event(), threading.Event()
-
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        self.entered.set()
-        assert self.go.wait(30)
-        return torch.zeros(len(images), 3)
 
 
 @pytest.fixture
