@@ -14,13 +14,17 @@ from sqlalchemy import (
     Column,
     Connection,
     ForeignKey,
+    Index,
     Integer,
     MetaData,
     String,
     Table,
+    Text,
+    UniqueConstraint,
     func,
     insert,
     select,
+    text,
 )
 
 from oracle_server.clock import utc_now
@@ -78,8 +82,71 @@ def _clients_and_entries(connection: Connection) -> None:
     metadata.create_all(connection)
 
 
+def _chain_and_reservations(connection: Connection) -> None:
+    for statement in (
+        "ALTER TABLE entries ADD COLUMN note TEXT",
+        "ALTER TABLE entries ADD COLUMN hash VARCHAR(64)",
+        "ALTER TABLE clients ADD COLUMN role VARCHAR(16) NOT NULL DEFAULT 'client'",
+        "ALTER TABLE clients ADD COLUMN held BIGINT NOT NULL DEFAULT 0",
+    ):
+        connection.execute(text(statement))
+    metadata = MetaData()
+    Table(
+        "chain",  # one row; `chain.establish` writes it, because it takes the signing key
+        metadata,
+        Column("id", Integer, primary_key=True, autoincrement=False),
+        Column("ledger", String(32), nullable=False),
+        Column("public_key", String(64), nullable=False),
+        Column("seq", BigInteger, nullable=False),
+        Column("hash", String(64), nullable=False),
+        Column("at", String(32), nullable=False),
+        Column("signature", String(128), nullable=False),
+    )
+    requests = Table(
+        "requests",
+        metadata,
+        Column("seq", BigInteger, primary_key=True, autoincrement=False),
+        Column("client_id", BigInteger, nullable=False),
+        Column("idempotency_key", Text),
+        Column("body_sha256", String(64)),
+        Column("rows", BigInteger, nullable=False),
+        Column("server", String(32)),
+        Column("charge", BigInteger),
+        # NULLs do not count as equal: requests without a key are told apart by seq alone.
+        UniqueConstraint("client_id", "idempotency_key", name="requests_one_per_key"),
+    )
+    Index(
+        "requests_open",
+        requests.c.server,
+        sqlite_where=requests.c.charge.is_(None),
+        postgresql_where=requests.c.charge.is_(None),
+    )
+    Table(
+        "servers",
+        metadata,
+        Column("id", String(32), primary_key=True),
+        Column("host", String(255), nullable=False),
+        Column("pid", BigInteger, nullable=False),
+        Column("started_at", String(32), nullable=False),
+    )
+    metadata.create_all(connection)
+    connection.execute(
+        text(
+            "INSERT INTO requests (seq, client_id, idempotency_key, body_sha256, rows, charge) "
+            "SELECT e.seq, k.client_id, k.idempotency_key, e.body_sha256, e.rows, e.seq "
+            "FROM standing_keys k JOIN entries e ON e.seq = k.seq"
+        )
+    )
+    connection.execute(text("DROP TABLE standing_keys"))
+    connection.execute(text("CREATE INDEX entries_by_kind_and_time ON entries (kind, at)"))
+
+
+# The step after which a ledger has a chain: `chain.establish` follows it in the same transaction.
+CHAIN_STEP = 2
+
 MIGRATIONS: tuple[Migration, ...] = (
     Migration(1, "clients, entries and the idempotency keys that stand for a charge", _clients_and_entries),
+    Migration(CHAIN_STEP, "the hash chain, reservations, servers and administrators", _chain_and_reservations),
 )
 
 _metadata = MetaData()

@@ -1,19 +1,17 @@
 """The ledger's tables as queries name them. `migrations` is what creates them.
 
-`entries` is append-only and is the account: `clients.budget` and `clients.spent` repeat what its rows add up to, in the
-same transaction. Kinds of entries:
+`entries` is append-only and is the account (`shared.audit.chain.Entry` explains its kinds); `chain` holds the signed
+end of its hash chain, one row. The others repeat what the entries amount to, in the same transaction, so that a charge
+need not read them all:
 
-    charge   rows > 0   queries that were paid for
-    refund   rows < 0   a charge taken back because its answer failed; `refers_to` is the charge's seq
-    budget   rows = 0   `amount` is the client's new lifetime budget
-    revoke   rows = 0   the key was revoked
-
-`standing_keys` says which charge an Idempotency-Key stands for now; a refund frees the key.
+    clients    who may query; `spent` and `held` are queries charged and queries set aside
+    requests   what an Idempotency-Key stands for, and every open reservation (`charge` is NULL) with its server
+    servers    the server processes that may hold reservations; see `liveness`
 """
 
 from __future__ import annotations
 
-from sqlalchemy import BigInteger, String, column, table
+from sqlalchemy import BigInteger, Integer, String, column, table
 
 clients = table(
     "clients",
@@ -21,8 +19,10 @@ clients = table(
     column("name", String),
     column("key_id", String),
     column("key_hash", String),
+    column("role", String),
     column("budget", BigInteger),
     column("spent", BigInteger),
+    column("held", BigInteger),
     column("created_at", String),
     column("revoked_at", String),
 )
@@ -37,10 +37,33 @@ entries = table(
     column("idempotency_key", String),
     column("body_sha256", String),
     column("refers_to", BigInteger),
+    column("note", String),
+    column("hash", String),
 )
-standing_keys = table(
-    "standing_keys",
+chain = table(
+    "chain",
+    column("id", Integer),
+    column("ledger", String),
+    column("public_key", String),
+    column("seq", BigInteger),
+    column("hash", String),
+    column("at", String),
+    column("signature", String),
+)
+requests = table(
+    "requests",
+    column("seq", BigInteger),
     column("client_id", BigInteger),
     column("idempotency_key", String),
-    column("seq", BigInteger),
+    column("body_sha256", String),
+    column("rows", BigInteger),
+    column("server", String),
+    column("charge", BigInteger),
+)
+servers = table(
+    "servers",
+    column("id", String),
+    column("host", String),
+    column("pid", BigInteger),
+    column("started_at", String),
 )

@@ -8,11 +8,13 @@
     │   └── BudgetExhausted         the batch is larger than what is left; refused whole, nothing charged
     ├── NotFound               404  no such route, model or version
     ├── MethodNotAllowed       405
+    ├── RequestTimeout         408  the headers or the body did not arrive in time
     ├── RequestInFlight        409  the same Idempotency-Key is being answered right now
     ├── TooLarge               413  more bytes or rows than the server takes at once
     ├── IdempotencyConflict    422  the same Idempotency-Key came before with another body
     ├── UnacceptableValues     422  readable, but not finite or out of range
     ├── RateLimited            429  with Retry-After
+    ├── HeadersTooLarge        431  more headers, or more bytes of them, than the server takes
     ├── InternalError          500  the server's own fault
     ├── Unavailable            503  with Retry-After: draining or overloaded
     └── UnexpectedAnswer       any  the peer's answer is not of this protocol (client side only)
@@ -27,12 +29,14 @@ import json
 from typing import Any, ClassVar
 
 PROBLEM_CONTENT_TYPE = "application/problem+json"
+_MAX_DETAIL = 1000  # characters
 
 
 class OracleError(Exception):
     """A refusal: `status` is HTTP's, `code` is stable and machine-readable, `detail` says what to do about it.
 
-    Numbers a caller needs (`remaining`, `requested`, `max_rows`, ...) are in `extensions`; `retry_after` is in seconds.
+    Numbers a caller needs (`remaining`, `requested`, `max_rows`, ...) are in `extensions`; `retry_after` is in seconds;
+    `headers` are further header fields of the answer.
     """
 
     status: ClassVar[int] = 500
@@ -43,16 +47,19 @@ class OracleError(Exception):
         super().__init__(detail)
         self.detail = detail
         self.retry_after = retry_after
+        self.headers: dict[str, str] = {}
         self.extensions = extensions
 
     def problem(self) -> dict[str, Any]:
         """The body of the answer: problem+json that also carries the protocol's `error` string."""
+        # A detail may quote what was sent; the answer is no mirror of it.
+        detail = self.detail if len(self.detail) <= _MAX_DETAIL else f"{self.detail[:_MAX_DETAIL]}..."
         return {
             "type": f"urn:zo-defense:error:{self.code}",
             "title": self.title,
             "status": self.status,
-            "detail": self.detail,
-            "error": self.detail,
+            "detail": detail,
+            "error": detail,
             "code": self.code,
             **self.extensions,
         }
@@ -86,6 +93,10 @@ class MethodNotAllowed(OracleError):
     status, code, title = 405, "method-not-allowed", "Method not allowed"
 
 
+class RequestTimeout(OracleError):
+    status, code, title = 408, "request-timeout", "The request did not arrive in time"
+
+
 class RequestInFlight(OracleError):
     status, code, title = 409, "request-in-flight", "The same request is being answered"
 
@@ -104,6 +115,10 @@ class UnacceptableValues(OracleError):
 
 class RateLimited(OracleError):
     status, code, title = 429, "rate-limited", "Too many requests"
+
+
+class HeadersTooLarge(OracleError):
+    status, code, title = 431, "headers-too-large", "The headers are too large"
 
 
 class InternalError(OracleError):
@@ -128,11 +143,13 @@ _CLASSES: tuple[type[OracleError], ...] = (
     BudgetExhausted,
     NotFound,
     MethodNotAllowed,
+    RequestTimeout,
     RequestInFlight,
     TooLarge,
     IdempotencyConflict,
     UnacceptableValues,
     RateLimited,
+    HeadersTooLarge,
     InternalError,
     Unavailable,
 )
@@ -144,10 +161,12 @@ BY_STATUS: dict[int, type[OracleError]] = {
     403: Forbidden,
     404: NotFound,
     405: MethodNotAllowed,
+    408: RequestTimeout,
     409: RequestInFlight,
     413: TooLarge,
     422: UnacceptableValues,
     429: RateLimited,
+    431: HeadersTooLarge,
     500: InternalError,
     503: Unavailable,
 }

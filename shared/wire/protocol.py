@@ -23,12 +23,21 @@ IDEMPOTENCY_KEY_HEADER: Final = "Idempotency-Key"
 QUERY_CHARGE_HEADER: Final = "Query-Charge"
 QUERY_REMAINING_HEADER: Final = "Query-Remaining"
 QUERY_RECEIPT_HEADER: Final = "Query-Receipt"
+# draft-ietf-httpapi-ratelimit-headers: `"name";r=REMAINING;t=SECONDS`, one member for each limit.
+RATELIMIT_HEADER: Final = "RateLimit"
+# Of the same draft: `"name";q=QUOTA;w=SECONDS`.
+RATELIMIT_POLICY_HEADER: Final = "RateLimit-Policy"
 
 BUDGET_ROUTE: Final = "/v1/budget"
 CHARGES_ROUTE: Final = "/v1/charges"
+LEDGER_ROUTE: Final = "/v1/ledger"
 METRICS_ROUTE: Final = "/metrics"
 INFER_ROUTE: Final = f"/v2/models/{MODEL_NAME}/infer"
 METADATA_ROUTE: Final = f"/v2/models/{MODEL_NAME}"
+
+# Parameters in the model's metadata: most rows of a batch; what an answer holds where it is not logits.
+MAX_BATCH_ROWS_PARAMETER: Final = "max_batch_rows"
+SCORES_PARAMETER: Final = "scores"
 
 MAX_IDEMPOTENCY_KEY: Final = 255
 CHARGES_PAGE: Final = 1000
@@ -129,7 +138,22 @@ class BudgetStatement(Message):
     client: str
     budget: int
     spent: int
+    held: int = 0  # set aside for requests in flight
     remaining: int
+
+
+class LedgerStatement(Message):
+    """`GET /v1/ledger`: which ledger it is, and the end of its hash chain as the key signed it.
+
+    All but `seq` and `at` is hexadecimal. The signature is Ed25519's, of `shared.audit.signatures.Head.message()`.
+    """
+
+    ledger: str
+    public_key: str
+    seq: int
+    hash: str
+    at: str
+    signature: str
 
 
 class ChargeEntry(Message):
