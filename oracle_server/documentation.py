@@ -1,20 +1,26 @@
-"""What /docs says of the routes that read raw bytes, which FastAPI cannot see for itself."""
+"""The OpenAPI document: what FastAPI sees for itself, and what it cannot, such as raw bodies and refusals."""
 
 from __future__ import annotations
 
 from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
 
 from shared.wire import protocol
 from shared.wire.errors import (
     PROBLEM_CONTENT_TYPE,
     BudgetExhausted,
     ClientRevoked,
+    HeadersTooLarge,
     IdempotencyConflict,
     InternalError,
     MalformedRequest,
     NotFound,
     OracleError,
+    RateLimited,
     RequestInFlight,
+    RequestTimeout,
     TooLarge,
     UnacceptableValues,
     Unauthorized,
@@ -28,7 +34,10 @@ DESCRIPTION = (
     "refused is not charged. Errors are problem+json (RFC 9457) that also carry the protocol's `error`."
 )
 
+_SCHEMAS = "#/components/schemas/"
 _PROBLEM_SCHEMA = {
+    "title": "Problem",
+    "description": "RFC 9457, and the `error` string of the Open Inference Protocol. Some carry numbers beside these.",
     "type": "object",
     "required": ["type", "title", "status", "detail", "error", "code"],
     "properties": {
@@ -48,7 +57,10 @@ def _refusals(*classes: type[OracleError]) -> dict[int | str, dict[str, Any]]:
     for cls in classes:
         titles.setdefault(cls.status, []).append(f"{cls.title} (`{cls.code}`)")
     return {
-        status: {"description": "; ".join(names), "content": {PROBLEM_CONTENT_TYPE: {"schema": _PROBLEM_SCHEMA}}}
+        status: {
+            "description": "; ".join(names),
+            "content": {PROBLEM_CONTENT_TYPE: {"schema": {"$ref": f"{_SCHEMAS}Problem"}}},
+        }
         for status, names in titles.items()
     }
 
@@ -62,10 +74,18 @@ def _request_header(name: str, description: str, kind: str = "string") -> dict[s
 
 
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
-_JSON = {"schema": {"type": "object"}}
+_MESSAGES = (protocol.InferRequestHeader, protocol.InferResponseHeader)
 _JSON_LENGTH = "Bytes of JSON at the start of the uncompressed body; absent where the whole body is JSON."
 
-REFUSALS = _refusals(Unauthorized, ClientRevoked, MalformedRequest, Unavailable)
+
+def _json(message: type[protocol.Message]) -> dict[str, Any]:
+    return {"schema": {"$ref": f"{_SCHEMAS}{message.__name__}"}}
+
+
+# Whatever is asked may be refused in these ways.
+ANYWHERE = _refusals(MalformedRequest, RequestTimeout, HeadersTooLarge, InternalError, Unavailable)
+OF_A_KEY = _refusals(Unauthorized, ClientRevoked)
+OF_A_MODEL = _refusals(NotFound)
 
 INFER: dict[str, Any] = {
     "summary": "Query the classifier: images in, logits out",
@@ -77,27 +97,19 @@ INFER: dict[str, Any] = {
     "responses": {
         200: {
             "description": "The logits",
-            "content": {"application/octet-stream": _BINARY, "application/json": _JSON},
+            "content": {"application/octet-stream": _BINARY, "application/json": _json(_MESSAGES[1])},
             "headers": {
                 protocol.QUERY_CHARGE_HEADER: _header("Queries charged; 0 for a replay.", "integer"),
                 protocol.QUERY_REMAINING_HEADER: _header("Queries left of the lifetime budget.", "integer"),
-                protocol.QUERY_RECEIPT_HEADER: _header("Number of the ledger entry that paid."),
+                protocol.QUERY_RECEIPT_HEADER: _header("Signed receipt: the entry that paid, and its place."),
                 protocol.JSON_LENGTH_HEADER: _header(_JSON_LENGTH, "integer"),
+                protocol.RATELIMIT_POLICY_HEADER: _header("The caller's quotas per minute, where there are any."),
+                protocol.RATELIMIT_HEADER: _header("What is left of them, and seconds until there is more."),
             },
         },
-        **_refusals(
-            MalformedRequest,
-            Unauthorized,
-            ClientRevoked,
-            BudgetExhausted,
-            NotFound,
-            RequestInFlight,
-            TooLarge,
-            IdempotencyConflict,
-            UnacceptableValues,
-            InternalError,
-            Unavailable,
-        ),
+        **OF_A_KEY,
+        **_refusals(ClientRevoked, BudgetExhausted),
+        **_refusals(RequestInFlight, TooLarge, IdempotencyConflict, UnacceptableValues, RateLimited),
     },
     "openapi_extra": {
         "parameters": [
@@ -108,6 +120,27 @@ INFER: dict[str, Any] = {
                 "is answered and costs nothing more.",
             ),
         ],
-        "requestBody": {"required": True, "content": {"application/octet-stream": _BINARY, "application/json": _JSON}},
+        "requestBody": {
+            "required": True,
+            "content": {"application/octet-stream": _BINARY, "application/json": _json(_MESSAGES[0])},
+        },
     },
 }
+
+
+def openapi(app: FastAPI) -> dict[str, Any]:
+    """The OpenAPI document of the app: FastAPI's own, with the messages of the wire, without what is not so here."""
+    document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+    schemas: dict[str, Any] = document["components"]["schemas"]
+    schemas["Problem"] = _PROBLEM_SCHEMA
+    for message in _MESSAGES:
+        schema = message.model_json_schema(ref_template=_SCHEMAS + "{model}")
+        schemas |= schema.pop("$defs", {}) | {message.__name__: schema}
+    # FastAPI's own answer to a bad parameter; here that is a problem with status 400.
+    for name in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(name, None)
+    for item in document["paths"].values():
+        for operation in item.values():
+            if "application/json" in operation["responses"].get("422", {}).get("content", {}):
+                del operation["responses"]["422"]
+    return document
