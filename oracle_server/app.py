@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 from starlette.middleware import Middleware
 
-from oracle_server.documentation import DESCRIPTION, TITLE
+from oracle_server import routes_dashboard
+from oracle_server.documentation import ANYWHERE, DESCRIPTION, TITLE, openapi
 from oracle_server.draining import DrainMiddleware
 from oracle_server.guard import GuardMiddleware
 from oracle_server.ledger import Ledger
 from oracle_server.metrics import Metrics, MetricsMiddleware
 from oracle_server.oracle import Oracle, build_oracle
+from oracle_server.policy.policy import Policy
+from oracle_server.policy.spec import load_policy
 from oracle_server.problems import add_problem_handlers
+from oracle_server.room import BodyRoom
 from oracle_server.routes import router
 from oracle_server.service import Service
 from oracle_server.settings import Settings
+from oracle_server.sweeping import sweep
+from oracle_server.watch import Watch
 from shared.version import VERSION
+
+log = logging.getLogger(__name__)
 
 
 def create_app(settings: Settings, oracle: Oracle | None = None) -> FastAPI:
@@ -29,15 +39,30 @@ def create_app(settings: Settings, oracle: Oracle | None = None) -> FastAPI:
         oracle: answers instead of the classifier that the settings name.
 
     Raises:
+        PolicyError: the policy cannot be used.
         ModelError: the classifier cannot be loaded.
         LedgerError: the ledger cannot be opened.
     """
-    ledger = Ledger.open(settings.ledger)
-    service = Service(settings, oracle or build_oracle(settings), ledger, Metrics(ledger))
+    policy = Policy(load_policy(settings.policy), max_batch_rows=settings.max_batch_rows)
+    oracle = oracle or build_oracle(settings)  # before the ledger, which a wrong model should not leave behind
+    ledger = Ledger.open(settings.ledger, signing_key=settings.signing_key, timeout=settings.ledger_timeout)
+    try:
+        released = ledger.serve()
+    except BaseException:
+        ledger.close()
+        raise
+    if released:
+        log.warning("ledger: released %d reservations that a server before this one left open", released)
+    watch = Watch(ledger)
+    room = BodyRoom(settings.max_bodies_bytes)
+    service = Service(settings, oracle, ledger, Metrics(ledger, watch), policy, watch, room)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        watch.start()
+        sweeping = asyncio.create_task(sweep(ledger))
         yield
+        sweeping.cancel()
         service.close()
 
     app = FastAPI(
@@ -46,6 +71,9 @@ def create_app(settings: Settings, oracle: Oracle | None = None) -> FastAPI:
         version=VERSION,
         lifespan=lifespan,
         redirect_slashes=False,
+        docs_url=None,  # Swagger's page comes from a content delivery network; /docs is ours
+        redoc_url=None,
+        responses=ANYWHERE,
         middleware=[  # the first is the outermost
             Middleware(MetricsMiddleware, metrics=service.metrics),
             # Half of it for a body within its limit, half to let go of one beyond it.
@@ -56,4 +84,7 @@ def create_app(settings: Settings, oracle: Oracle | None = None) -> FastAPI:
     app.state.service = service
     add_problem_handlers(app)
     app.include_router(router)
+    app.include_router(routes_dashboard.router)
+    document = openapi(app)
+    app.openapi = lambda: document  # type: ignore[method-assign]  # FastAPI's way of changing it
     return app

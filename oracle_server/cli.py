@@ -11,7 +11,6 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,9 +20,11 @@ from rich.console import Console
 from rich.table import Table
 
 from oracle_server.database import LedgerError
+from oracle_server.exporting import export_lines
 from oracle_server.key_files import DEFAULT_MODE, KeyFileError, key_file
-from oracle_server.ledger import ClientExists, Ledger
+from oracle_server.ledger import ADMIN, CLIENT, ClientExists, Ledger
 from oracle_server.settings import Settings
+from shared.audit.signatures import SignatureInvalid, read_public_key
 from shared.version import VERSION
 from shared.wire.errors import OracleError
 
@@ -33,11 +34,20 @@ ledger_app = typer.Typer(no_args_is_help=True, help="The account of every query.
 app.add_typer(clients_app, name="clients")
 app.add_typer(ledger_app, name="ledger")
 
+_MOST_FINDINGS = 20
 DEFAULT_LEDGER: str = Settings.model_fields["ledger"].default
 LedgerOption = Annotated[
-    str, typer.Option("--ledger", envvar="ORACLE_LEDGER", metavar="URL", help="sqlite:///FILE, or a path.")
+    str,
+    typer.Option("--ledger", envvar="ORACLE_LEDGER", metavar="URL", help="sqlite:///FILE, a path, or postgresql://..."),
 ]
-Budget = Annotated[int, typer.Option("--budget", min=0, help="Lifetime budget in queries (rows).")]
+SigningKey = Annotated[
+    Path | None,
+    typer.Option(
+        "--signing-key",
+        envvar="ORACLE_SIGNING_KEY",
+        help="The key that signs the ledger. [default: FILE.key beside a SQLite file, else oracle-ledger.key]",
+    ),
+]
 Name = Annotated[str, typer.Argument(help="The client's name.")]
 
 
@@ -54,9 +64,9 @@ def _one_line(*errors: type[Exception]) -> Iterator[None]:
 
 
 @contextmanager
-def _ledger(url: str, *, create: bool = False) -> Iterator[Ledger]:
+def _ledger(url: str, signing_key: Path | None, *, create: bool = False) -> Iterator[Ledger]:
     with _one_line():
-        ledger = Ledger.open(url, create=create)
+        ledger = Ledger.open(url, create=create, signing_key=signing_key)
         try:
             yield ledger
         finally:
@@ -89,7 +99,14 @@ def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on. [default: 127.0.0.1]")] = None,
     port: Annotated[int | None, typer.Option(help="0 takes any free port. [default: 8600]")] = None,
     ledger: Annotated[
-        str | None, typer.Option(metavar="URL", help=f"sqlite:///FILE, or a path. [default: {DEFAULT_LEDGER}]")
+        str | None,
+        typer.Option(metavar="URL", help=f"sqlite:///FILE, a path, or postgresql://... [default: {DEFAULT_LEDGER}]"),
+    ] = None,
+    signing_key: Annotated[
+        Path | None, typer.Option(help="The key that signs the ledger. [default: beside a SQLite ledger]")
+    ] = None,
+    ledger_timeout: Annotated[
+        float | None, typer.Option(help="Seconds to wait for the ledger's database. [default: 10]")
     ] = None,
     engine: Annotated[str | None, typer.Option(help="auto or eager. [default: auto]")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda. [default: auto]")] = None,
@@ -100,24 +117,46 @@ def serve(
     std: Annotated[str | None, typer.Option(help="The same for the standard deviation.")] = None,
     max_batch_rows: Annotated[int | None, typer.Option(help="Most rows of a request. [default: 4096]")] = None,
     max_body_bytes: Annotated[int | None, typer.Option(help="Most bytes of a request. [default: 256 MiB]")] = None,
+    max_bodies_bytes: Annotated[int | None, typer.Option(help="Of all requests in flight. [default: 1 GiB]")] = None,
     engine_block: Annotated[int | None, typer.Option(help="Rows the engine takes at once. [default: 256]")] = None,
+    max_connections: Annotated[int | None, typer.Option(help="Most connections at once. [default: 512]")] = None,
+    max_header_bytes: Annotated[
+        int | None, typer.Option(help="Most bytes of a request's head. [default: 64 KiB]")
+    ] = None,
+    max_headers: Annotated[int | None, typer.Option(help="Most headers of a request. [default: 100]")] = None,
+    header_timeout: Annotated[float | None, typer.Option(help="Seconds for a head to arrive. [default: 30]")] = None,
     body_timeout: Annotated[float | None, typer.Option(help="Seconds for a body to arrive. [default: 60]")] = None,
     drain_timeout: Annotated[float | None, typer.Option(help="Seconds to finish after SIGTERM. [default: 30]")] = None,
+    policy: Annotated[Path | None, typer.Option(help="TOML file: noise, rounding, limits, failures...")] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="PEM certificate (chain): serve https.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="PEM private key of the certificate.")] = None,
+    tls_key_password_file: Annotated[Path | None, typer.Option(help="File with the key's password.")] = None,
+    metrics_access: Annotated[
+        str | None,
+        typer.Option("--metrics", help="open, or keyed: a client's key sees its own series. [default: open]"),
+    ] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info or warning. [default: info]")] = None,
 ) -> None:
     """Serve a classifier. Every option can also be set by a variable ORACLE_<OPTION>."""
     given = {name: value for name, value in locals().items() if value is not None}
     for name in ("mean", "std"):
         if name in given:
             given[name] = given[name].split(",")
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+    settings = _settings(given)
+    level = settings.log_level.upper()
+    logging.basicConfig(stream=sys.stderr, level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    debug = settings.log_level == "debug"
+    logging.getLogger("uvicorn.error").setLevel(logging.DEBUG if debug else logging.WARNING)
+    logging.getLogger("sqlalchemy.engine").setLevel(logging.DEBUG if debug else logging.WARNING)
 
+    from oracle_server.policy.spec import PolicyError
     from oracle_server.server import ServeError
     from oracle_server.server import serve as run
+    from oracle_server.tls import TlsError
     from oracle_server.weight_files import ModelError
 
-    with _one_line(ModelError, ServeError):
-        run(_settings(given), lambda url: typer.echo(f"listening on {url}"))
+    with _one_line(ModelError, PolicyError, ServeError, TlsError):
+        run(settings, lambda url: typer.echo(f"listening on {url}"))
 
 
 def _settings(given: dict[str, Any]) -> Settings:
@@ -125,15 +164,22 @@ def _settings(given: dict[str, Any]) -> Settings:
         return Settings(**given)
     except ValidationError as error:
         first = error.errors()[0]
-        option = "-".join(str(part) for part in first["loc"][:1]).replace("_", "-")
+        name = (
+            "metrics" if first["loc"][:1] == ("metrics_access",) else "-".join(str(part) for part in first["loc"][:1])
+        )
+        option = name.replace("_", "-")
         raise typer.BadParameter(str(first["msg"]), param_hint=f"--{option}") from None
 
 
 @clients_app.command("add")
 def add_client(
     name: Name,
-    budget: Budget,
+    budget: Annotated[int | None, typer.Option("--budget", min=0, help="Lifetime budget in queries (rows).")] = None,
+    admin: Annotated[
+        bool, typer.Option("--admin", help="A key that sees every account and may query nothing.")
+    ] = False,
     ledger: LedgerOption = DEFAULT_LEDGER,
+    signing_key: SigningKey = None,
     key_file_path: Annotated[
         Path | None, typer.Option("--key-file", help="Write the key there, instead of printing it.")
     ] = None,
@@ -143,14 +189,17 @@ def add_client(
     ] = False,
 ) -> None:
     """Add a client. Its key is shown now and never again."""
-    with _ledger(ledger, create=True) as opened:
+    if admin == (budget is not None):
+        raise typer.BadParameter("a client needs a budget, and an admin has none", param_hint="--budget")
+    role = ADMIN if admin else CLIENT
+    with _ledger(ledger, signing_key, create=True) as opened:
         try:
             if key_file_path is None:
-                _, key = opened.add_client(name, budget)
+                _, key = opened.add_client(name, budget or 0, role=role)
                 typer.echo(key.reveal())
                 return
             with key_file(key_file_path, _mode(key_file_mode)) as write:
-                _, key = opened.add_client(name, budget)
+                _, key = opened.add_client(name, budget or 0, role=role)
                 write(key.reveal())
         except ClientExists as error:
             if not exist_ok:
@@ -159,7 +208,8 @@ def add_client(
                 raise ClientExists(f"{error}, and its key is not in a --key-file: keys cannot be shown again") from None
             typer.echo(f"client '{name}' is there already, its key in {key_file_path}")
             return
-        typer.echo(f"client '{name}' may spend {budget} queries; its key is in {key_file_path}")
+        may = "see every account" if admin else f"spend {budget} queries"
+        typer.echo(f"client '{name}' may {may}; its key is in {key_file_path}")
 
 
 def _mode(text: str) -> int:
@@ -175,22 +225,24 @@ def _mode(text: str) -> int:
 @clients_app.command("list")
 def list_clients(
     ledger: LedgerOption = DEFAULT_LEDGER,
+    signing_key: SigningKey = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON array.")] = False,
 ) -> None:
     """List clients and their accounts, in queries."""
-    with _ledger(ledger) as opened:
-        found = opened.list_clients()
+    with _ledger(ledger, signing_key) as opened:
+        found = [*opened.list_clients(), *opened.list_clients(role=ADMIN)]
     if as_json:
-        keep = ("name", "key_id", "budget", "spent", "created_at", "revoked_at")
+        keep = ("name", "role", "key_id", "budget", "spent", "held", "created_at", "revoked_at")
         rows = [{name: getattr(c, name) for name in keep} | {"remaining": c.account.remaining} for c in found]
         typer.echo(json.dumps(rows))
         return
     table = Table("client", "key id", "since", "state")
-    for column in ("budget", "spent", "remaining"):
+    for column in ("budget", "spent", "held", "remaining"):
         table.add_column(column, justify="right")
     for c in found:
-        numbers = (f"{n:,}" for n in (c.budget, c.spent, c.account.remaining))
-        table.add_row(c.name, c.key_id, c.created_at, "revoked" if c.revoked else "active", *numbers)
+        numbers = (f"{n:,}" for n in (c.budget, c.spent, c.held, c.account.remaining))
+        state = "revoked" if c.revoked else c.role if c.is_admin else "active"
+        table.add_row(c.name, c.key_id, c.created_at, state, *numbers)
     Console().print(table)
 
 
@@ -199,44 +251,67 @@ def set_budget(
     name: Name,
     budget: Annotated[int, typer.Argument(min=0, help="Lifetime budget in queries, what was spent included.")],
     ledger: LedgerOption = DEFAULT_LEDGER,
+    signing_key: SigningKey = None,
 ) -> None:
     """Give a client another lifetime budget; what it has spent stays spent."""
-    with _ledger(ledger) as opened:
+    with _ledger(ledger, signing_key) as opened:
         account = opened.set_budget(name, budget).account
     typer.echo(f"client '{name}': budget {account.budget}, spent {account.spent}, remaining {account.remaining}")
 
 
 @clients_app.command()
-def revoke(name: Name, ledger: LedgerOption = DEFAULT_LEDGER) -> None:
+def revoke(name: Name, ledger: LedgerOption = DEFAULT_LEDGER, signing_key: SigningKey = None) -> None:
     """Make a client's key worthless, for good."""
-    with _ledger(ledger) as opened:
+    with _ledger(ledger, signing_key) as opened:
         client = opened.revoke(name)
     typer.echo(f"client '{name}' is revoked since {client.revoked_at}")
 
 
 @ledger_app.command()
-def verify(ledger: LedgerOption = DEFAULT_LEDGER) -> None:
-    """Check that what each client has spent is what the entries add up to; exit code 1 and the difference if not."""
-    with _ledger(ledger) as opened:
-        differences = opened.verify()
-        found = opened.list_clients()
-    for d in differences:
-        typer.echo(f"client '{d.client}': {d.what} is {d.stored} and its entries say {d.entries}", err=True)
-    if differences:
+def verify(
+    ledger: LedgerOption = DEFAULT_LEDGER,
+    signing_key: SigningKey = None,
+    public_key: Annotated[
+        str | None, typer.Option("--public-key", help="64 hexadecimal digits. [default: the signing key's own]")
+    ] = None,
+) -> None:
+    """Check every entry, the hash chain, its signature and every account; exit code 1 and what is wrong if not."""
+    with _ledger(ledger, signing_key) as opened, _one_line(SignatureInvalid):
+        trusted = read_public_key(public_key) if public_key else None
+        found = opened.verify(trusted)
+    for finding in found.findings[:_MOST_FINDINGS]:
+        typer.echo(finding, err=True)
+    if len(found.findings) > _MOST_FINDINGS:
+        typer.echo(f"... and {len(found.findings) - _MOST_FINDINGS} more", err=True)
+    if not found.intact:
         raise typer.Exit(1)
-    typer.echo(f"the ledger agrees with itself: {len(found)} clients, {sum(c.spent for c in found)} queries charged")
+    accounts = [account for account in found.accounts.clients.values() if account.role == CLIENT]
+    typer.echo(
+        f"the ledger is as it was written: {found.entries} entries, chained and signed; {len(accounts)} clients, "
+        f"{sum(account.spent for account in accounts)} queries in {found.accounts.charges} charges, "
+        f"{len(found.accounts.open)} requests in flight"
+    )
 
 
 @ledger_app.command()
-def export(ledger: LedgerOption = DEFAULT_LEDGER) -> None:
-    """Write every entry as a line of JSON, oldest first."""
-    with _ledger(ledger) as opened:
-        names = {client.id: client.name for client in opened.list_clients()}
-        after = 0
-        while page := opened.entries(after=after):
-            for entry in page:
-                typer.echo(json.dumps({"client": names.get(entry.client_id), **asdict(entry)}))
-            after = page[-1].seq
+def export(
+    ledger: LedgerOption = DEFAULT_LEDGER,
+    signing_key: SigningKey = None,
+    client: Annotated[
+        str | None, typer.Option(help="Show this client's entries only; of the others their hashes, for the proof.")
+    ] = None,
+) -> None:
+    """Write the ledger as lines of JSON: what it is, every entry, oldest first, and the signed end."""
+    with _ledger(ledger, signing_key) as opened:
+        for line in export_lines(opened, client):
+            typer.echo(line)
+
+
+@ledger_app.command("public-key")
+def public_key(ledger: LedgerOption = DEFAULT_LEDGER, signing_key: SigningKey = None) -> None:
+    """Print the key that checks the ledger's signatures: hand it to whoever is to audit it."""
+    with _ledger(ledger, signing_key) as opened:
+        typer.echo(opened.identity.public_key)
 
 
 @app.command()

@@ -1,10 +1,11 @@
-"""One inference request from its bytes to its answer: prepare, charge, predict, encode, in this order.
+"""One inference request from its bytes to its answer: prepare, reserve, predict, encode, charge, in this order.
 
-Everything that can be refused is refused before the charge; what fails after it is refunded.
+Everything that can be refused is refused before anything is reserved; what fails after that is released.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import logging
 import time
@@ -13,13 +14,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from oracle_server.body import Buffer, decompress
-from oracle_server.ledger import Client, Receipt
+from oracle_server.book import Charge, Payment, Release, Reservation, Reserve
+from oracle_server.budget import HeldByOthers
+from oracle_server.ledger import Client
 from oracle_server.oracle import Float32
+from oracle_server.room import Share
 from oracle_server.service import Service
 from shared.wire import codec, protocol
-from shared.wire.errors import InternalError, MalformedRequest, TooLarge
+from shared.wire.errors import InternalError, MalformedRequest
 
 log = logging.getLogger(__name__)
+_WAIT_FOR_OTHERS_S, _FIRST_PAUSE_S, _LAST_PAUSE_S = 30.0, 0.01, 0.25
 
 
 @dataclass(frozen=True)
@@ -36,16 +41,16 @@ class Answer:
     """The encoded logits and what they cost."""
 
     encoded: codec.Encoded
-    receipt: Receipt
+    payment: Payment
 
 
-def prepare(service: Service, body: Buffer, content_encoding: str, json_length: int | None) -> Prepared:
+def prepare(service: Service, body: Buffer, content_encoding: str, json_length: int | None, share: Share) -> Prepared:
     """Read and check a request. It is the caller's to run this off the event loop.
 
     Raises:
-        MalformedRequest, TooLarge, UnacceptableValues: as their names say; nothing was charged.
+        MalformedRequest, TooLarge, UnacceptableValues, Unavailable: as their names say; nothing was charged.
     """
-    body = decompress(body, content_encoding, limit=service.settings.max_body_bytes)
+    body = decompress(body, content_encoding, share, limit=service.settings.max_body_bytes)
     request = codec.decode_request(body, json_length)
     if set(request.inputs) != {protocol.INPUT_NAME}:
         raise MalformedRequest(f"the one input is '{protocol.INPUT_NAME}', not {', '.join(sorted(request.inputs))}")
@@ -54,40 +59,65 @@ def prepare(service: Service, body: Buffer, content_encoding: str, json_length: 
     if request.datatypes[protocol.INPUT_NAME] != "FP32":
         raise MalformedRequest(f"images are {request.datatypes[protocol.INPUT_NAME]}: send datatype FP32")
     images = request.inputs[protocol.INPUT_NAME]
-    limit = service.settings.max_batch_rows
-    if images.ndim and len(images) > limit:
-        raise TooLarge(f"the batch has {len(images)} rows and at most {limit} are taken at once", max_rows=limit)
+    if images.ndim:
+        service.policy.check_rows(len(images))
     service.oracle.check(images)
     return Prepared(request, images, hashlib.sha256(body).hexdigest())
 
 
 async def answer(service: Service, client: Client, idempotency_key: str | None, prepared: Prepared) -> Answer:
-    """Charge a prepared request, then answer it.
+    """Reserve, compute, charge, in this order; what is returned is paid for and may be sent.
 
-    A client that goes away after the charge has paid; with its idempotency key it can have the answer again for free.
+    A client that goes away meanwhile has paid; with its idempotency key it can have the answer again for free.
 
     Raises:
         RequestInFlight: the same client's same key is being answered.
         BudgetExhausted, ClientRevoked, IdempotencyConflict, Unavailable: nothing was charged.
-        InternalError: the answer failed; the charge was refunded.
+        InternalError: the answer failed; nothing was charged.
     """
     with service.gate.hold(client.id, idempotency_key):
-        receipt = await service.on_ledger(
-            service.ledger.charge, client.id, len(prepared.images), idempotency_key, prepared.sha256
-        )
+        rows = len(prepared.images)
+        reservation = await _reserve(service, Reserve(client.id, rows, idempotency_key, prepared.sha256))
         try:
             start = time.perf_counter()
             logits = await service.on_engine(service.oracle, prepared.images)
             service.metrics.inference.observe(time.perf_counter() - start)
-            encoded = _encode(prepared.request, logits)
-        except Exception as error:
-            await service.on_ledger(service.ledger.refund, receipt)
+            scores = await service.policy.transform(logits, prepared.images, reservation.seq)
+            service.policy.fail_by_chance()
+            encoded = _encode(prepared.request, scores)
+        except BaseException as error:
+            # Not awaited where the server is being ended: the ledger finishes what is queued before it closes.
+            released = service.ledger.submit(Release(reservation, "its answer failed"))
+            if not isinstance(error, Exception):
+                raise
+            await asyncio.wrap_future(released)
             if isinstance(error, InternalError):
                 raise
-            log.exception("inference of %d rows failed; its charge was refunded", len(prepared.images))
-            raise InternalError("the classifier failed on this batch; its charge was refunded") from error
-        service.metrics.batch_rows.observe(len(prepared.images))
-        return Answer(encoded, receipt)
+            log.exception("inference of %d rows failed; nothing was charged", rows)
+            raise InternalError("the classifier failed on this batch; nothing was charged") from error
+        payment = reservation.paid or await _charge(service, reservation)
+        service.metrics.batch_rows.observe(rows)
+        return Answer(encoded, payment)
+
+
+async def _reserve(service: Service, wanted: Reserve) -> Reservation:
+    """Reserve; where it depends on the client's requests in flight, wait for them, so that the word is final."""
+    deadline, pause = time.monotonic() + _WAIT_FOR_OTHERS_S, _FIRST_PAUSE_S
+    while True:
+        try:
+            reservation: Reservation = await asyncio.wrap_future(service.ledger.submit(wanted))
+            return reservation
+        except HeldByOthers:
+            if time.monotonic() + pause > deadline:
+                raise
+        await asyncio.sleep(pause)
+        pause = min(2 * pause, _LAST_PAUSE_S)
+
+
+async def _charge(service: Service, reservation: Reservation) -> Payment:
+    # Shielded: a charge that is queued is paid, and whoever waits for the queue to end finds it so.
+    payment: Payment = await asyncio.shield(asyncio.wrap_future(service.ledger.submit(Charge(reservation))))
+    return payment
 
 
 def _encode(request: codec.InferRequest, logits: Float32) -> codec.Encoded:
@@ -95,7 +125,7 @@ def _encode(request: codec.InferRequest, logits: Float32) -> codec.Encoded:
     if not binary and not np.isfinite(logits).all():
         raise InternalError(
             "the classifier's logits are not all finite, which JSON cannot write: ask for binary outputs "
-            "(parameters.binary_data_output); the charge was refunded"
+            "(parameters.binary_data_output); nothing was charged"
         )
     return codec.encode_response(
         {protocol.OUTPUT_NAME: logits}, binary={protocol.OUTPUT_NAME: binary}, request_id=request.id

@@ -12,6 +12,8 @@ from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from oracle_server.ledger import Ledger
+from oracle_server.refusals import refusal_of
+from oracle_server.watch import Watch
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _ROWS = tuple(float(2**i) for i in range(0, 14))
@@ -27,28 +29,68 @@ class QueryCollector(Collector):
         return self._families()
 
     def collect(self) -> Iterable[Metric]:
-        total, budget, remaining = families = self._families()
+        total, budget, held, remaining = families = self._families()
         for client in self._ledger.list_clients():
             total.add_metric([client.name], client.spent)
             budget.add_metric([client.name], client.budget)
+            held.add_metric([client.name], client.held)
             remaining.add_metric([client.name], client.account.remaining)
         return families
 
     @staticmethod
-    def _families() -> tuple[CounterMetricFamily, GaugeMetricFamily, GaugeMetricFamily]:
+    def _families() -> tuple[CounterMetricFamily, GaugeMetricFamily, GaugeMetricFamily, GaugeMetricFamily]:
         return (
-            CounterMetricFamily("oracle_queries", "Queries charged in the ledger, net of refunds.", labels=["client"]),
+            CounterMetricFamily("oracle_queries", "Queries charged in the ledger.", labels=["client"]),
             GaugeMetricFamily("oracle_query_budget", "Lifetime budget in queries.", labels=["client"]),
+            GaugeMetricFamily("oracle_queries_held", "Queries set aside for requests in flight.", labels=["client"]),
             GaugeMetricFamily("oracle_queries_remaining", "Queries left of the budget.", labels=["client"]),
+        )
+
+
+class LedgerCollector(Collector):
+    """How long the ledger is, and whether it was found whole."""
+
+    def __init__(self, ledger: Ledger, watch: Watch) -> None:
+        self._ledger, self._watch = ledger, watch
+
+    def describe(self) -> Iterable[Metric]:
+        return self._families()
+
+    def collect(self) -> Iterable[Metric]:
+        entries, followed, verified = families = self._families()
+        entries.add_metric([], self._ledger.head().head.seq)
+        verdict = self._watch.verdict
+        followed.add_metric([], verdict.verified)
+        if verdict.state == "broken" or verdict.checked_at is not None:  # before that, nothing can be said
+            verified.add_metric([], 0 if verdict.state == "broken" else 1)
+        return families
+
+    @staticmethod
+    def _families() -> tuple[GaugeMetricFamily, GaugeMetricFamily, GaugeMetricFamily]:
+        return (
+            GaugeMetricFamily("oracle_ledger_entries", "Entries of the ledger, by its signed head.", labels=[]),
+            GaugeMetricFamily("oracle_ledger_verified_entries", "Entries this process has verified.", labels=[]),
+            GaugeMetricFamily(
+                "oracle_ledger_verified",
+                "1 where the chain, its signed head and the accounts are whole, 0 where not; none until checked.",
+                labels=[],
+            ),
         )
 
 
 class Metrics:
     """The metrics of one app, in a registry of its own."""
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: Ledger, watch: Watch) -> None:
         self._registry = registry = CollectorRegistry()
         registry.register(QueryCollector(ledger))
+        registry.register(LedgerCollector(ledger, watch))
+        self.refusals = Counter(
+            "oracle_refusals",
+            "Requests refused, by the client whose key they carried ('' where there was no valid one) and the reason.",
+            ["client", "code"],
+            registry=registry,
+        )
         self.requests = Counter("oracle_requests", "HTTP requests answered.", ["status"], registry=registry)
         self.duration = Histogram(
             "oracle_request_duration_seconds",
@@ -65,10 +107,36 @@ class Metrics:
         self.received = Counter("oracle_received_bytes", "Bytes of request bodies received.", registry=registry)
         self.sent = Counter("oracle_sent_bytes", "Bytes of answers' bodies sent.", registry=registry)
 
-    def render(self, accept: str) -> tuple[bytes, str]:
-        """The exposition and its content type, in the format that an Accept header prefers. Reads the ledger."""
+    def refusals_by_client(self) -> dict[str, dict[str, int]]:
+        """How many requests were refused since this process started: by client ('' without a valid key) and code."""
+        counts: dict[str, dict[str, int]] = {}
+        for family in self.refusals.collect():
+            for sample in family.samples:
+                if sample.name == "oracle_refusals_total":
+                    counts.setdefault(sample.labels["client"], {})[sample.labels["code"]] = int(sample.value)
+        return counts
+
+    def render(self, accept: str, client: str | None = None) -> tuple[bytes, str]:
+        """The exposition and its content type, in the format that an Accept header prefers. Reads the ledger.
+
+        Of everything, or of one client's own series only.
+        """
         encode, content_type = choose_encoder(accept)
-        return encode(self._registry), content_type
+        return encode(self._registry if client is None else OwnSeries(self._registry, client)), content_type
+
+
+class OwnSeries(Collector):
+    """Of another collector's series those of one client: not even the others' names, nor what the process did."""
+
+    def __init__(self, source: Collector, client: str) -> None:
+        self._source = source
+        self._client = client
+
+    def collect(self) -> Iterable[Metric]:
+        for family in self._source.collect():
+            family.samples = [sample for sample in family.samples if sample.labels.get("client") == self._client]
+            if family.samples:
+                yield family
 
 
 class MetricsMiddleware:
@@ -99,5 +167,8 @@ class MetricsMiddleware:
         try:
             await self._app(scope, counting_receive, counting_send)
         finally:
+            refusal = refusal_of(scope)
+            if refusal is not None:
+                metrics.refusals.labels(*refusal).inc()
             metrics.requests.labels(status).inc()
             metrics.duration.observe(time.perf_counter() - start)

@@ -9,7 +9,9 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
 
+from oracle_server.refusals import REFUSAL
 from shared.wire.errors import (
     BY_STATUS,
     PROBLEM_CONTENT_TYPE,
@@ -23,16 +25,30 @@ from shared.wire.errors import (
 )
 
 
+class Problem(JSONResponse):
+    """An answer that refuses; on its way out it leaves its code in the request's state, where `metrics` counts it."""
+
+    media_type = PROBLEM_CONTENT_TYPE
+
+    def __init__(self, error: OracleError, headers: dict[str, str]) -> None:
+        super().__init__(error.problem(), error.status, headers)
+        self._code = error.code
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope.setdefault("state", {})[REFUSAL] = self._code
+        await super().__call__(scope, receive, send)
+
+
 def problem_response(error: OracleError) -> Response:
     """The answer that says `error`."""
-    headers: dict[str, str] = {}
+    headers = dict(error.headers)
     if error.retry_after is not None:
         headers["Retry-After"] = str(math.ceil(error.retry_after))
     if isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
     if isinstance(error, Unavailable):
         headers["Connection"] = "close"  # so that the next attempt may reach another replica
-    return JSONResponse(error.problem(), error.status, headers, media_type=PROBLEM_CONTENT_TYPE)
+    return Problem(error, headers)
 
 
 def add_problem_handlers(app: FastAPI) -> None:

@@ -9,21 +9,23 @@ import asyncio
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Path, Query, Request, Response, Security
-from fastapi.responses import RedirectResponse
-from fastapi.security import APIKeyHeader
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from oracle_server.auth import authenticate
 from oracle_server.body import read_body
-from oracle_server.documentation import INFER, REFUSALS
+from oracle_server.docs_page import docs_page
+from oracle_server.documentation import INFER, OF_A_KEY, OF_A_MODEL
 from oracle_server.inference import answer, prepare
 from oracle_server.ledger import Client
+from oracle_server.refusals import CALLER
 from oracle_server.service import Service
 from shared.version import VERSION
 from shared.wire import protocol
 from shared.wire.errors import MalformedRequest, NotFound
 
 router = APIRouter()
-authorization = APIKeyHeader(name="Authorization", auto_error=False, description="`Bearer KEY`")
+# For the OpenAPI document only: `authenticate` reads the header, and says what is wrong with it.
+bearer = HTTPBearer(auto_error=False, description="`Authorization: Bearer KEY`")
 
 
 async def get_service(request: Request) -> Service:
@@ -35,15 +37,32 @@ async def get_service(request: Request) -> Service:
 Parts = Annotated[Service, Depends(get_service)]
 
 
-async def get_caller(service: Parts, header: Annotated[str | None, Security(authorization)]) -> Client:
+async def find_caller(service: Service, request: Request) -> Client:
     """The client whose key the request carries."""
-    return await service.on_ledger(authenticate, header, service.ledger)
+    client = await service.on_ledger(authenticate, _only(request, "Authorization"), service.ledger)
+    setattr(request.state, CALLER, client.name)
+    return client
+
+
+async def get_caller(
+    service: Parts, request: Request, _documented: Annotated[HTTPAuthorizationCredentials | None, Security(bearer)]
+) -> Client:
+    """`find_caller`, for routes that are always the caller's own."""
+    return await find_caller(service, request)
+
+
+async def get_visible_client(service: Parts, request: Request) -> str | None:
+    """Whose metrics the sender may see: a client's name, or None for everybody's."""
+    if service.settings.metrics_access == "open":
+        return None
+    caller = await find_caller(service, request)
+    return None if caller.is_admin else caller.name
 
 
 Caller = Annotated[Client, Depends(get_caller)]
 
 
-async def check_model(model: Annotated[str, Path()]) -> None:
+async def check_model(model: Annotated[str, Path(json_schema_extra={"enum": [protocol.MODEL_NAME]})]) -> None:
     """Refuse a model that is not served."""
     if model != protocol.MODEL_NAME:
         raise NotFound(f"there is no model '{model}': this server has one, '{protocol.MODEL_NAME}'")
@@ -56,15 +75,10 @@ async def check_version(version: Annotated[str, Path()]) -> None:
 
 
 # Every route of a model stands twice, without and with a version.
-unversioned = APIRouter(prefix="/v2/models/{model}", dependencies=[Depends(check_model)])
+unversioned = APIRouter(prefix="/v2/models/{model}", dependencies=[Depends(check_model)], responses=OF_A_MODEL)
 versioned = APIRouter(
     prefix="/v2/models/{model}/versions/{version}", dependencies=[Depends(check_model), Depends(check_version)]
 )
-
-
-@router.get("/", include_in_schema=False)
-async def root() -> Response:
-    return RedirectResponse("/docs")
 
 
 @router.get("/v2", summary="The server and its protocol extensions", tags=["health"])
@@ -77,15 +91,16 @@ async def live() -> dict[str, bool]:
     return {"live": True}
 
 
-@router.get("/v2/health/ready", summary="Whether queries are answered; 503 while draining", tags=["health"])
+@router.get("/v2/health/ready", summary="Whether queries are answered; 503 while draining or down", tags=["health"])
 async def ready(service: Parts) -> dict[str, bool]:
     service.gate.check()
+    service.policy.check_ready()
     return {"ready": True}
 
 
 @router.post("/v2/repository/index", summary="The models: one", tags=["model"])
 async def repository_index(service: Parts) -> list[dict[str, str]]:
-    state = "UNAVAILABLE" if service.gate.draining else "READY"
+    state = "UNAVAILABLE" if service.gate.draining or service.policy.down_for else "READY"
     return [{"name": protocol.MODEL_NAME, "version": protocol.MODEL_VERSION, "state": state, "reason": ""}]
 
 
@@ -99,32 +114,36 @@ async def model_metadata(service: Parts) -> protocol.ModelMetadata:
         platform="opaque",
         inputs=(protocol.TensorMetadata(name=protocol.INPUT_NAME, datatype="FP32", shape=(-1, *oracle.image_shape)),),
         outputs=(protocol.TensorMetadata(name=protocol.OUTPUT_NAME, datatype="FP32", shape=(-1, oracle.classes)),),
-        parameters={"max_batch_rows": settings.max_batch_rows, "max_body_bytes": settings.max_body_bytes},
+        parameters={**service.policy.announced(), "max_body_bytes": settings.max_body_bytes},
     )
 
 
 @versioned.get("/ready", include_in_schema=False)
-@unversioned.get("/ready", summary="Whether the classifier is ready; 503 while draining", tags=["model"])
+@unversioned.get("/ready", summary="Whether the classifier is ready; 503 while draining or down", tags=["model"])
 async def model_ready(service: Parts) -> dict[str, bool]:
     service.gate.check()
+    service.policy.check_ready()
     return {"ready": True}
 
 
 @versioned.post("/infer", include_in_schema=False)
 @unversioned.post("/infer", **INFER)
 async def infer(request: Request, service: Parts, caller: Caller) -> Response:
-    with service.gate.enter():
-        settings, headers = service.settings, request.headers
-        idempotency_key = _idempotency_key(headers.get(protocol.IDEMPOTENCY_KEY_HEADER))
-        json_length = _json_length(headers.get(protocol.JSON_LENGTH_HEADER))
-        body = await read_body(request, limit=settings.max_body_bytes, timeout=settings.body_timeout)
-        prepared = await asyncio.to_thread(prepare, service, body, headers.get("content-encoding", ""), json_length)
+    with service.policy.visit(caller.id) as visit, service.gate.enter(), service.room.share() as share:
+        settings = service.settings
+        idempotency_key = _idempotency_key(_only(request, protocol.IDEMPOTENCY_KEY_HEADER))
+        json_length = _json_length(_only(request, protocol.JSON_LENGTH_HEADER))
+        encoding = _only(request, "Content-Encoding") or ""
+        body = await read_body(request, share, limit=settings.max_body_bytes, timeout=settings.body_timeout)
+        prepared = await asyncio.to_thread(prepare, service, body, encoding, json_length, share)
+        await visit.admit(len(prepared.images))
         answered = await answer(service, caller, idempotency_key, prepared)
-    encoded, receipt = answered.encoded, answered.receipt
+    encoded, payment = answered.encoded, answered.payment
     answer_headers = {
-        protocol.QUERY_CHARGE_HEADER: str(receipt.charged),
-        protocol.QUERY_REMAINING_HEADER: str(receipt.remaining),
-        protocol.QUERY_RECEIPT_HEADER: str(receipt.seq),
+        protocol.QUERY_CHARGE_HEADER: str(payment.charged),
+        protocol.QUERY_REMAINING_HEADER: str(payment.remaining),
+        protocol.QUERY_RECEIPT_HEADER: service.ledger.receipt(payment),
+        **visit.headers,
     }
     if encoded.json_length is None:
         return Response(encoded.body(), headers=answer_headers, media_type="application/json")
@@ -132,11 +151,33 @@ async def infer(request: Request, service: Parts, caller: Caller) -> Response:
     return Response(encoded.body(), headers=answer_headers, media_type="application/octet-stream")
 
 
-@router.get(protocol.BUDGET_ROUTE, summary="The caller's own account, in queries", tags=["account"], responses=REFUSALS)
+@router.get(protocol.BUDGET_ROUTE, summary="The caller's own account, in queries", tags=["account"], responses=OF_A_KEY)
 async def budget(caller: Caller) -> protocol.BudgetStatement:
     account = caller.account
     return protocol.BudgetStatement(
-        client=account.client, budget=account.budget, spent=account.spent, remaining=account.remaining
+        client=account.client,
+        budget=account.budget,
+        spent=account.spent,
+        held=account.held,
+        remaining=account.remaining,
+    )
+
+
+@router.get(
+    protocol.LEDGER_ROUTE,
+    summary="The ledger's id, its public key, and the signed end of its hash chain",
+    tags=["account"],
+    responses=OF_A_KEY,
+)
+async def ledger_head(service: Parts, caller: Caller) -> protocol.LedgerStatement:
+    signed = await service.on_ledger(service.ledger.head)
+    return protocol.LedgerStatement(
+        ledger=signed.head.ledger,
+        public_key=service.ledger.identity.public_key,
+        seq=signed.head.seq,
+        hash=signed.head.hash,
+        at=signed.head.at,
+        signature=signed.signature,
     )
 
 
@@ -144,7 +185,7 @@ async def budget(caller: Caller) -> protocol.BudgetStatement:
     protocol.CHARGES_ROUTE,
     summary="The caller's own charges and refunds, oldest first, a page at a time",
     tags=["account"],
-    responses=REFUSALS,
+    responses=OF_A_KEY,
 )
 async def charges(
     service: Parts,
@@ -175,9 +216,25 @@ async def charges(
 
 
 @router.get(protocol.METRICS_ROUTE, summary="Metrics for Prometheus", tags=["health"], response_class=Response)
-async def metrics(request: Request, service: Parts) -> Response:
-    content, content_type = await service.on_ledger(service.metrics.render, request.headers.get("accept", ""))
+async def metrics(
+    request: Request, service: Parts, client: Annotated[str | None, Depends(get_visible_client)]
+) -> Response:
+    accept = request.headers.get("accept", "")
+    content, content_type = await service.on_ledger(service.metrics.render, accept, client)
     return Response(content, headers={"Content-Type": content_type})
+
+
+@router.get("/docs", include_in_schema=False)
+async def docs(request: Request) -> Response:
+    return docs_page(request.app.openapi())
+
+
+def _only(request: Request, name: str) -> str | None:
+    """A header that may be sent once, so that nobody between here and the sender reads another one than we do."""
+    values = request.headers.getlist(name)
+    if len(values) > 1:
+        raise MalformedRequest(f"the header {name} was sent {len(values)} times: send it once")
+    return values[0] if values else None
 
 
 def _idempotency_key(header: str | None) -> str | None:

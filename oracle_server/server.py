@@ -17,8 +17,11 @@ import uvicorn
 from fastapi import FastAPI
 
 from oracle_server.app import create_app
+from oracle_server.connections import ConnectionLimits, bounded_protocol
 from oracle_server.gate import Gate
+from oracle_server.service import Service
 from oracle_server.settings import Settings
+from oracle_server.tls import server_context
 
 log = logging.getLogger(__name__)
 
@@ -58,21 +61,30 @@ class DrainingServer(uvicorn.Server):
 
 
 def make_server(app: FastAPI, settings: Settings, on_started: Callable[[], None] = lambda: None) -> DrainingServer:
-    """A server for an application of `create_app`; `run(sockets=[...])` it."""
+    """A server for an application of `create_app`; `run(sockets=[...])` it.
+
+    Raises:
+        TlsError: the certificate or its key cannot be used.
+    """
+    service: Service = app.state.service
+    tls = server_context(settings)
     config = uvicorn.Config(
         app,
         loop="uvloop",
-        http="httptools",
+        http=bounded_protocol(
+            ConnectionLimits.of(settings), lambda status: service.metrics.requests.labels(str(status)).inc()
+        ),
+        ssl_context_factory=None if tls is None else lambda _config, _default: tls,
         ws="none",
         access_log=False,
         log_config=None,
         server_header=False,
         timeout_graceful_shutdown=max(1, round(settings.drain_timeout)),
     )
-    return DrainingServer(config, app.state.service.gate, settings.drain_timeout, on_started)
+    return DrainingServer(config, service.gate, settings.drain_timeout, on_started)
 
 
-def listen(host: str, port: int) -> tuple[socket.socket, str]:
+def listen(host: str, port: int, scheme: str = "http") -> tuple[socket.socket, str]:
     """A bound socket and its address as a URL; port 0 takes any free port.
 
     Raises:
@@ -94,18 +106,21 @@ def listen(host: str, port: int) -> tuple[socket.socket, str]:
     except OSError as error:
         raise ServeError(f"cannot listen on {host} port {port}: {error.strerror or error}") from error
     name = f"[{host}]" if family == socket.AF_INET6 else host
-    return bound, f"http://{name}:{bound.getsockname()[1]}"
+    return bound, f"{scheme}://{name}:{bound.getsockname()[1]}"
 
 
 def serve(settings: Settings, announce: Callable[[str], None]) -> None:
     """Serve until a signal says to stop; `announce` is given the address once it answers.
 
     Raises:
-        ModelError, LedgerError, ServeError: as `create_app` and `listen` do.
+        PolicyError, ModelError, LedgerError, ServeError, TlsError: as `create_app`, `listen` and `server_context` do.
     """
-    bound, url = listen(settings.host, settings.port)
+    server_context(settings)  # before a classifier is loaded that could not be served
+    bound, url = listen(settings.host, settings.port, "https" if settings.tls_cert else "http")
     with bound:
         app = create_app(settings)
         log.info("serving '%s' on %s, ledger %s", settings.model, url, settings.ledger)
+        if settings.policy is not None:
+            log.info("policy %s", settings.policy)
         make_server(app, settings, lambda: announce(url)).run(sockets=[bound])
     log.info("stopped")

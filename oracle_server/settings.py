@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveFloat, PositiveInt
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-MIB = 2**20
+KIB, MIB = 2**10, 2**20
 
 
 class Settings(BaseSettings):
@@ -34,12 +34,31 @@ class Settings(BaseSettings):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8600  # 0: any free port
     ledger: str = "sqlite:///oracle-ledger.db"
+    signing_key: Path | None = None  # by default beside the ledger
+    ledger_timeout: PositiveFloat = 10.0  # seconds to wait for the ledger's database
+
+    # TLS: both files or neither
+    tls_cert: Path | None = None  # PEM: the server's certificate, then those that vouch for it
+    tls_key: Path | None = None  # PEM: its private key
+    tls_key_password_file: Path | None = None
+
+    # Who sees what
+    metrics_access: Literal["open", "keyed"] = "open"
+    log_level: Literal["debug", "info", "warning"] = "info"
 
     # Limits
+    max_connections: PositiveInt = 512
+    max_header_bytes: Annotated[int, Field(ge=1024)] = 64 * KIB  # of a request's line and headers together
+    max_headers: PositiveInt = 100
+    header_timeout: PositiveFloat = 30.0  # seconds for a request's head to arrive
     max_batch_rows: PositiveInt = 4096
     max_body_bytes: PositiveInt = 256 * MIB
+    max_bodies_bytes: PositiveInt = 1024 * MIB  # of all requests in flight together
     body_timeout: PositiveFloat = 60.0  # seconds for a whole body to arrive
     drain_timeout: PositiveFloat = 30.0  # seconds for requests in flight to finish after SIGTERM
+
+    # What a real service does: see docs/policy.md
+    policy: Path | None = None
 
     @property
     def weights_file(self) -> Path | None:

@@ -1,0 +1,244 @@
+"""What one connection may cost before a request exists: bytes, seconds, and a place among the others.
+
+uvicorn's HTTP protocol limits none of these, so a single sender can fill the memory with one endless header, or hold
+connections open with heads that never end. This one answers with a problem like every other refusal, lets it arrive,
+and closes. Nothing that is refused here reaches the application, so nothing is charged.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import httptools
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from oracle_server.problems import problem_response
+from oracle_server.settings import Settings
+from shared.wire.errors import HeadersTooLarge, MalformedRequest, OracleError, RequestTimeout, Unavailable
+
+# Connections beyond the limit that are still told why; those beyond these are closed without a word.
+_TOLD = 64
+# Requests that one connection may send ahead of their answers.
+_PIPELINED = 16
+# Seconds in which a refusal may be read. Closing at once would reset the connection under a peer that still sends.
+_LINGER_S = 2.0
+_RETRY_AFTER_S = 1.0
+
+
+@dataclass(frozen=True)
+class ConnectionLimits:
+    """Limits of the connections of one server.
+
+    Attributes:
+        connections: at once; a request beyond them is answered 503.
+        header_bytes: of a request's line and headers together, and of whatever else is no body, such as trailers.
+        headers: lines of a head.
+        header_timeout: seconds for a head to be complete.
+        answer_timeout: seconds for an answer to be read.
+    """
+
+    connections: int
+    header_bytes: int
+    headers: int
+    header_timeout: float
+    answer_timeout: float
+
+    @staticmethod
+    def of(settings: Settings) -> ConnectionLimits:
+        """The limits that the settings set. Answers have the time that bodies have."""
+        return ConnectionLimits(
+            connections=settings.max_connections,
+            header_bytes=settings.max_header_bytes,
+            headers=settings.max_headers,
+            header_timeout=settings.header_timeout,
+            answer_timeout=settings.body_timeout,
+        )
+
+
+class _Refused(Exception):
+    """Ends the parser's work on a connection that was refused."""
+
+
+def bounded_protocol(limits: ConnectionLimits, on_refusal: Callable[[int], object]) -> type[BoundedProtocol]:
+    """A protocol for `uvicorn.Config(http=...)`, which makes its instances itself.
+
+    Args:
+        limits: what a connection may cost.
+        on_refusal: called with the status of each refusal that no application sees.
+    """
+
+    class Protocol(BoundedProtocol):
+        pass
+
+    Protocol.limits, Protocol.on_refusal = limits, staticmethod(on_refusal)
+    return Protocol
+
+
+class BoundedProtocol(HttpToolsProtocol):
+    """uvicorn's protocol within `limits`."""
+
+    limits: ClassVar[ConnectionLimits]
+    on_refusal: ClassVar[Callable[[int], object]]
+
+    # Bytes since the parser last gave something away: a head in the making, a trailer, the frame of a chunk.
+    _held = 0
+    _in_head = True  # from the end of a message to the end of the next one's head
+    _surplus = False
+    _refused = False
+    _head_timer: asyncio.TimerHandle | None = None
+    _answer_timer: asyncio.TimerHandle | None = None
+
+    # --- the connection ---
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._surplus = len(self.connections) > self.limits.connections
+        if len(self.connections) > self.limits.connections + _TOLD:
+            transport.abort()
+            return
+        self._expect_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._head_arrived()
+        self._answer_was_read()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        self._unset_keepalive_if_required()
+        rest = memoryview(data)
+        while rest and not self._refused and not self.transport.is_closing():
+            # Never more than may be held, so that the last byte that is taken is the same however they arrive.
+            rest = rest[self._feed(rest[: self.limits.header_bytes - self._held]) :]
+
+    def _feed(self, piece: memoryview) -> int:
+        """Parse a piece of what arrived; the number of bytes taken."""
+        taken = len(piece)
+        self._held = held = self._held + taken
+        try:
+            self.parser.feed_data(piece)
+        except httptools.HttpParserUpgrade as upgrade:
+            taken = upgrade.args[0]  # there is nothing to upgrade to: what follows is the next request
+        except httptools.HttpParserError as error:
+            self._refuse(MalformedRequest(f"the request is not well-formed HTTP: {error}"))
+        if self._held == held >= self.limits.header_bytes:
+            limit = self.limits.header_bytes
+            self._refuse(HeadersTooLarge(f"the headers are larger than {limit} bytes", max_header_bytes=limit))
+        elif self._held and self._in_head:
+            self._expect_head()
+        return taken
+
+    # --- the parser's events ---
+
+    def on_message_begin(self) -> None:
+        self._expect_head()
+        super().on_message_begin()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        # A trailer comes after the head that was acted on, and must not change it behind the application's back.
+        if self._in_head:
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        self._held, self._in_head = 0, False
+        self._head_arrived()
+        error = self._head_refusal()
+        if error is not None:
+            self._refuse(error)
+            raise _Refused
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._held = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._held, self._in_head = 0, True
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        if self._refused:  # of a later request on this connection: its sender got the answers it had coming
+            self.transport.close()
+        super().on_response_complete()
+        self._answer_was_read()
+        if self.transport.get_write_buffer_size():
+            self._answer_timer = self.loop.call_later(self.limits.answer_timeout, self._stop_waiting_for_reader)
+
+    # --- limits ---
+
+    def _head_refusal(self) -> OracleError | None:
+        """Why the head that is now complete is not acted on; None if it is."""
+        limits = self.limits
+        if len(self.headers) > limits.headers:
+            return HeadersTooLarge(f"there are more than {limits.headers} headers", max_headers=limits.headers)
+        if len(self.pipeline) >= _PIPELINED:
+            return MalformedRequest(f"more than {_PIPELINED} requests were sent ahead of their answers")
+        if self._surplus and len(self.connections) > limits.connections:
+            return Unavailable(
+                f"there are {limits.connections} connections already: try again soon", retry_after=_RETRY_AFTER_S
+            )
+        self._surplus = False
+        return None
+
+    def _expect_head(self) -> None:
+        if self._head_timer is None:
+            self._head_timer = self.loop.call_later(self.limits.header_timeout, self._stop_waiting_for_head)
+
+    def _head_arrived(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _stop_waiting_for_head(self) -> None:
+        self._head_timer = None
+        if self._held:
+            seconds = self.limits.header_timeout
+            self._refuse(RequestTimeout(f"the headers did not arrive within {seconds:g} seconds"))
+        else:
+            self.transport.close()  # nothing was said, so nothing is answered
+
+    def _answer_was_read(self) -> None:
+        if self._answer_timer is not None:
+            self._answer_timer.cancel()
+            self._answer_timer = None
+
+    def _stop_waiting_for_reader(self) -> None:
+        if self.transport.get_write_buffer_size():
+            self.transport.abort()
+
+    # --- refusing ---
+
+    def _refuse(self, error: OracleError) -> None:
+        """Answer with a problem and close, once what was asked before has been answered."""
+        if self._refused or self.transport.is_closing():
+            return
+        self._refused = True
+        self._head_arrived()
+        if self._owes_an_answer():
+            return  # `on_response_complete` closes
+        cycle = self.cycle
+        if cycle is None or cycle.response_complete:
+            type(self).on_refusal(error.status)
+        else:  # its body will not come to an end
+            cycle.disconnected = True
+            cycle.message_event.set()
+        self.transport.write(self._encode(error))
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self.loop.call_later(_LINGER_S, self.transport.close)
+
+    def _owes_an_answer(self) -> bool:
+        """Whether an earlier request waits for its answer, which the refusal must not be taken for."""
+        cycle = self.cycle
+        if cycle is None or cycle.response_complete:
+            return False
+        return bool(self.pipeline) or cycle.response_started or not cycle.more_body
+
+    def _encode(self, error: OracleError) -> bytes:
+        response = problem_response(error)
+        response.headers["Connection"] = "close"
+        headers = [*self.server_state.default_headers, *response.raw_headers]
+        lines = b"".join(name + b": " + value + b"\r\n" for name, value in headers)
+        return STATUS_LINE[error.status] + lines + b"\r\n" + bytes(response.body)
