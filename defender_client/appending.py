@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -11,3 +12,16 @@ def drop_torn_line(path: Path) -> None:
         # Cut, not written anew: a kill between the two would cost every line.
         with path.open("rb+") as lines:
             lines.truncate(lines.read().rfind(b"\n") + 1)
+
+
+def drop_lines_from(path: Path, first: Callable[[bytes], bool]) -> None:
+    """Cut off the first line that `first` is true of, with all that follows, and a last line without its end."""
+    drop_torn_line(path)
+    if path.exists():
+        with path.open("rb+") as lines:
+            kept = 0
+            for line in lines:
+                if first(line):
+                    break
+                kept += len(line)
+            lines.truncate(kept)

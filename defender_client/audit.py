@@ -1,7 +1,8 @@
 """What the client counted against what the server's ledger and metrics say: equal, or the difference.
 
 Three accounts of the same spending meet: the run directories' query logs, the ledger's entries of this client, and the
-`oracle_queries_total` series of the metrics. Requests are matched one by one by their Idempotency-Key.
+`oracle_queries_total` series of the metrics. Requests are matched one by one by their Idempotency-Key, and the receipts
+that came with the answers are held against all of it.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from pathlib import Path
 from prometheus_client.parser import text_string_to_metric_families
 
 from defender_client.config import ConfigError
+from defender_client.matching import match, name_of, read_logs, shortened
 from defender_client.oracle_client import RemoteOracle
-from defender_client.query_log import LOG_FILE, LoggedRequest, QueryLog
-
-_EXAMPLES = 5
+from defender_client.pinning import pinned_by
+from defender_client.signed import check_signed
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Audit:
         purposes: queries by purpose, from the logs.
         requests: requests in the logs that were charged.
         lost: requests whose answer never came and which the ledger shows as charged.
+        receipts: receipts in the logs that are good.
+        key_from: where the key that they were checked with is from; None where there is none.
         differences: one sentence each; empty when all agree.
     """
 
@@ -46,6 +49,8 @@ class Audit:
     purposes: dict[str, int]
     requests: int
     lost: int
+    receipts: int = 0
+    key_from: str | None = None
     differences: tuple[str, ...] = field(default=())
 
     @property
@@ -54,43 +59,32 @@ class Audit:
         return not self.differences
 
 
-def audit(runs: Sequence[Path], oracle: RemoteOracle) -> Audit:
+def audit(runs: Sequence[Path], oracle: RemoteOracle, public_key: bytes | None = None) -> Audit:
     """Compare the logs of `runs`, all the runs made with this client's key, with the server's accounts.
 
+    Args:
+        runs: their directories.
+        oracle: the server, asked with the client's key.
+        public_key: the key to trust, 32 bytes; None for the one that the runs kept when they began, or, where they kept
+            none, the one that the server names now.
+
     Raises:
-        ConfigError: a directory without a query log.
+        ConfigError: a directory without a query log, or a server without a ledger.
     """
-    logged = _read_logs(runs)
+    logged = read_logs(runs)
     statement = oracle.budget()
     if statement is None:
         raise ConfigError("this server keeps no ledger: there is nothing to audit against")
-    entries: Counter[str] = Counter()
-    ledger = 0
-    for entry in oracle.charges():
-        ledger += entry.rows
-        if entry.rows:
-            entries[entry.idempotency_key or f"entry {entry.seq}, without a key"] += entry.rows
-    differences: list[str] = []
-    purposes: Counter[str] = Counter()
-    lost = 0
-    for key, request in logged.items():
-        on_ledger = entries.pop(key, 0)
-        if request.charged is None and not request.refused and on_ledger:
-            lost += 1
-        counted = on_ledger if request.charged is None else request.charged
-        purposes[request.purpose] += counted
-        if request.charged is None and on_ledger not in (0, request.rows):
-            differences.append(f"{key}: {request.rows} rows were sent, the ledger charged {on_ledger}")
-        elif request.refused and request.charged is None and on_ledger:
-            differences.append(f"{key}: refused ({request.refused}), but the ledger charged {on_ledger}")
-        elif request.charged is not None and request.charged != on_ledger:
-            differences.append(f"{key}: the client counted {request.charged}, the ledger {on_ledger}")
-    for key, rows in entries.items():
-        if rows:
-            differences.append(f"{key}: the ledger charged {rows}, and no log here knows of it")
-    total = purposes.total()
+    entries = list(oracle.charges())
+    charged: Counter[str] = Counter()
+    for entry in entries:
+        charged[name_of(entry.seq, entry.idempotency_key)] += entry.rows
+    matched = match(logged, charged)
+    signed = check_signed(oracle.ledger(), entries, logged.values(), pinned_by(runs), public_key)
+    differences = [*matched.differences, *signed.differences]
     metrics = _queries_total(oracle.metrics(), statement.client)
-    for name, value in (("ledger", ledger), ("budget statement", statement.spent), ("metrics", metrics)):
+    total = matched.total
+    for name, value in (("ledger", charged.total()), ("budget statement", statement.spent), ("metrics", metrics)):
         if value is None:
             differences.append("the metrics do not show this client")
         elif value != total:
@@ -98,31 +92,17 @@ def audit(runs: Sequence[Path], oracle: RemoteOracle) -> Audit:
     return Audit(
         client=statement.client,
         logged=total,
-        ledger=ledger,
+        ledger=charged.total(),
         statement=statement.spent,
         metrics=metrics,
         budget=statement.budget,
-        purposes=dict(purposes),
-        requests=sum(1 for request in logged.values() if request.charged),
-        lost=lost,
-        differences=_shortened(differences),
+        purposes=matched.purposes,
+        requests=matched.requests,
+        lost=matched.lost,
+        receipts=signed.receipts,
+        key_from=signed.key_from,
+        differences=shortened(differences),
     )
-
-
-def _read_logs(runs: Sequence[Path]) -> dict[str, LoggedRequest]:
-    logged: dict[str, LoggedRequest] = {}
-    for run in runs:
-        if not (run / LOG_FILE).exists():
-            raise ConfigError(f"{run} has no {LOG_FILE}: name the directories of runs made with this key")
-        logged |= QueryLog.read(run / LOG_FILE).requests
-    return logged
-
-
-def _shortened(differences: list[str]) -> tuple[str, ...]:
-    """The totals' differences, which stand last, and a few examples of single requests."""
-    if len(differences) <= 2 * _EXAMPLES:
-        return tuple(differences)
-    return (*differences[:_EXAMPLES], f"... {len(differences) - 2 * _EXAMPLES} more ...", *differences[-_EXAMPLES:])
 
 
 def _queries_total(metrics: str, client: str) -> int | None:

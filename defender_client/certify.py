@@ -18,7 +18,7 @@ from torch import Tensor
 
 from defender_client.appending import drop_torn_line
 from defender_client.config import CertifyConfig, ConfigError
-from defender_client.oracle_client import RemoteOracle
+from defender_client.oracle import Oracle
 from defender_client.progress import meter
 from defender_client.smoothing import Smooth
 from defender_client.stack import Stack
@@ -44,7 +44,7 @@ class Row:
 class DefendedOracle:
     """The base classifier that is smoothed, f(Dec(Enc(D(x)))): a callable from images [n, c, h, w] to logits [n, k]."""
 
-    def __init__(self, stack: Stack, oracle: RemoteOracle, purpose: str = PURPOSE) -> None:
+    def __init__(self, stack: Stack, oracle: Oracle, purpose: str = PURPOSE) -> None:
         self._stack, self._oracle, self._purpose = stack.eval(), oracle, purpose
         self._label, self._calls = purpose, 0
 
@@ -79,9 +79,7 @@ def read(path: Path) -> list[Row]:
     return rows
 
 
-def certify(
-    stack: Stack, oracle: RemoteOracle, test: ImageSet, settings: CertifyConfig, seed: int, path: Path
-) -> list[Row]:
+def certify(stack: Stack, oracle: Oracle, test: ImageSet, settings: CertifyConfig, seed: int, path: Path) -> list[Row]:
     """Certify the first `settings.images` images of the test set (0: all), those in `path` already left alone.
 
     The noise of an image depends on the seed and its index only, so that two stacks meet the same noise and an

@@ -11,7 +11,7 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timedelta
@@ -20,33 +20,32 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from defender_client import certify as certification
 from defender_client import config as configs
-from defender_client import stack as stacks
+from defender_client import jobs
 from defender_client.audit import Audit
 from defender_client.audit import audit as run_audit
+from defender_client.certify import certified_accuracy
 from defender_client.checkpoints import CheckpointError
 from defender_client.config import ConfigError, RunConfig
-from defender_client.data import check_fit, load_splits, load_test
 from defender_client.demo import DemoFailed
 from defender_client.demo import demo as run_demo
-from defender_client.oracle_client import RemoteOracle
+from defender_client.ledger_file import read_key
+from defender_client.offline_audit import LedgerAudit, audit_file
 from defender_client.plan import Plan, PlanUnaffordable
-from defender_client.plan import plan as make_plan
-from defender_client.pretrain import PRETRAINED_FILE
-from defender_client.pretrain import pretrain as run_pretraining
 from defender_client.query_log import LOG_FILE, LogDamaged, QueryLog
+from defender_client.recording import RecordingError
+from defender_client.replay import described
 from defender_client.report import report as write_report
-from defender_client.run_directory import locked
-from defender_client.train import STACK_FILE
-from defender_client.train import train as run_training
+from defender_client.sources import LiveOracle, RecordedRun
 from shared.datasets import DatasetError
 from shared.version import VERSION
 from shared.wire.errors import BudgetExhausted, OracleError
 
 KEY_VARIABLE = "ORACLE_API_KEY"
+URL_VARIABLE = "ORACLE_URL"
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -58,7 +57,16 @@ console = Console(highlight=False, soft_wrap=True)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 Preset = Annotated[str, typer.Argument(help="A preset's name (see `presets`) or a .toml file.", show_default=False)]
-OracleUrl = Annotated[str, typer.Option("--oracle", envvar="ORACLE_URL", help="The oracle's address.")]
+OracleUrl = Annotated[str, typer.Option("--oracle", envvar=URL_VARIABLE, help="The oracle's address.")]
+MaybeOracleUrl = Annotated[str | None, typer.Option("--oracle", envvar=URL_VARIABLE, help="The oracle's address.")]
+Ca = Annotated[
+    Path | None,
+    typer.Option("--ca", envvar="ORACLE_CA_FILE", help="PEM file of the authorities an https oracle is trusted by."),
+]
+Record = Annotated[bool, typer.Option("--record", help="Keep every answer in the run, so that it can be replayed.")]
+ReplayedRun = Annotated[
+    Path | None, typer.Option("--replay", help="A recorded run: take its answers, ask no oracle, spend nothing.")
+]
 Out = Annotated[Path, typer.Option("--out", help="The run's directory; an unfinished run in it is resumed.")]
 Data = Annotated[Path | None, typer.Option("--data", help="Directory of the data set's files.")]
 Dataset = Annotated[str | None, typer.Option("--dataset", help="Short for --set data.dataset=NAME.")]
@@ -90,20 +98,12 @@ def plan(
     data: Data = None,
     dataset: Dataset = None,
     settings: Settings = None,
+    ca: Ca = None,
     as_json: AsJson = False,
 ) -> None:
     """Queries, bytes and time a run will take, against the budget that is left. Exit code 3 if it cannot be paid."""
     with _reported_errors():
-        config = _config(preset, dataset, settings)
-        if out is not None and (out / configs.CONFIG_FILE).exists():
-            configs.save(config, out)  # which checks that it is the run's own
-            config = config.model_copy(update={"certify": configs.certify_settings(config, out, {})})
-        with RemoteOracle(oracle, _api_key()) as remote:
-            splits = load_splits(config.data, data, config.seed)
-            check_fit(splits.train, remote.info.image_shape)
-            sizes = (len(splits.train), len(splits.validation), len(load_test(config.data, data)))
-            spec = stacks.specify(config, remote.info.image_shape, remote.info.classes)
-            planned = make_plan(config, spec, out, sizes, remote, measure=True)
+        planned = jobs.plan_job(_config(preset, dataset, settings), out, data, _live(oracle, ca))
         if as_json:
             console.print_json(json.dumps(asdict(planned) | {"to_train": planned.to_train, "total": planned.total}))
         else:
@@ -115,74 +115,58 @@ def plan(
 def pretrain(preset: Preset, out: Out, data: Data = None, dataset: Dataset = None, settings: Settings = None) -> None:
     """Train the autoencoder (and, if the preset says so, the denoiser) on mean squared error: zero queries."""
     with _reported_errors():
-        config = _config(preset, dataset, settings)
-        splits = load_splits(config.data, data, config.seed)
-        with locked(out):
-            configs.save(config, out)
-            spec = stacks.specify(config, splits.train.image_shape, splits.train.classes)
-            run_pretraining(config, spec, out, splits)
-        console.print(f"pretrained stack in {out / PRETRAINED_FILE}, zero queries")
+        path = jobs.pretrain_job(_config(preset, dataset, settings), out, data)
+        console.print(f"pretrained stack in {path}, zero queries")
 
 
 @app.command()
 def train(
+    context: typer.Context,
     preset: Preset,
-    oracle: OracleUrl,
     out: Out,
+    oracle: MaybeOracleUrl = None,
     data: Data = None,
     dataset: Dataset = None,
     settings: Settings = None,
+    ca: Ca = None,
+    record: Record = False,
+    replay: ReplayedRun = None,
 ) -> None:
     """Train denoiser and encoder from the oracle's answers. Run it again to resume."""
     with _reported_errors():
         config = _config(preset, dataset, settings)
-        splits = load_splits(config.data, data, config.seed)
-        with locked(out) as run_id, _oracle(oracle, out, run_id) as remote:
-            check_fit(splits.train, remote.info.image_shape)
-            configs.save(config, out)
-            spec = stacks.specify(config, remote.info.image_shape, remote.info.classes)
-            planned = make_plan(config, spec, out, (len(splits.train), len(splits.validation), 0), remote)
-            if planned.to_train:
-                left = "no budget" if planned.remaining is None else f"{planned.remaining:,} left"
-                errors.print(f"this run will spend {planned.to_train:,} more queries ({left})")
-            planned.check_training()
-            run_training(config, spec, out, splits, remote)
-            console.print(f"trained stack in {out / STACK_FILE}; {remote.log.total:,} queries spent by this run in all")
+        source = _source(context, oracle, ca, record, replay)
+        trained = jobs.train_job(config, out, data, source, _announcing("run", source))
+        console.print(f"trained stack in {trained.stack}; {trained.spent:,} queries spent by this run in all")
 
 
 @app.command()
 def certify(
+    context: typer.Context,
     run: Annotated[Path, typer.Option("--run", help="The run's directory.")],
-    oracle: OracleUrl,
+    oracle: MaybeOracleUrl = None,
     data: Data = None,
     images: Annotated[int | None, typer.Option(help="Certify the first N test images; 0 for all.")] = None,
     n0: Annotated[int | None, typer.Option(help="Draws that choose the class.")] = None,
     n: Annotated[int | None, typer.Option(help="Draws that bound its probability.")] = None,
     alpha: Annotated[float | None, typer.Option(help="Probability that a certificate is wrong.")] = None,
+    ca: Ca = None,
+    record: Record = False,
+    replay: ReplayedRun = None,
 ) -> None:
     """Certify the run's stack by randomized smoothing (Cohen et al. 2019); one row an image in certified.tsv."""
     with _reported_errors():
-        config = configs.load(run)
         changed = {"images": images, "n0": n0, "n": n, "alpha": alpha}
-        settings = configs.certify_settings(config, run, {k: v for k, v in changed.items() if v is not None})
-        config = config.model_copy(update={"certify": settings})
-        test = load_test(config.data, data)
-        with locked(run) as run_id, _oracle(oracle, run, run_id) as remote:
-            check_fit(test, remote.info.image_shape)
-            stack = stacks.load(run / STACK_FILE)
-            planned = make_plan(config, stack.spec, run, (0, 0, len(test)), remote)
-            errors.print(f"this certification will spend {planned.certification:,} more queries")
-            planned.check_certification()
-            configs.save_certify_settings(settings, run)
-            path = run / certification.CERTIFIED_FILE
-            rows = certification.certify(stack, remote, test, settings, config.seed, path)
-            spent = remote.log.charged[certification.PURPOSE]
+        changes = {name: value for name, value in changed.items() if value is not None}
+        source = _source(context, oracle, ca, record, replay)
+        certified = jobs.certify_job(run, data, source, changes, _announcing("certification", source))
         table = Table("radius", "certified accuracy", box=None)
         for radius in (0.0, 0.25, 0.5, 0.75):
-            table.add_row(f"{radius:.2f}", f"{certification.certified_accuracy(rows, radius):.3f}")
+            table.add_row(f"{radius:.2f}", f"{certified_accuracy(certified.rows, radius):.3f}")
         console.print(table)
-        abstained = sum(row.predict == -1 for row in rows)
-        console.print(f"{len(rows)} images, {abstained} abstained, {spent:,} queries, {path}")
+        abstained = sum(row.predict == -1 for row in certified.rows)
+        images_done = len(certified.rows)
+        console.print(f"{images_done} images, {abstained} abstained, {certified.spent:,} queries, {certified.path}")
 
 
 @app.command()
@@ -202,18 +186,42 @@ def report(
 
 @app.command()
 def audit(
-    runs: Annotated[list[Path], typer.Argument(help="Directories of all runs made with this key.")],
-    oracle: OracleUrl,
+    runs: Annotated[list[Path] | None, typer.Argument(help="Directories of all runs made with this key.")] = None,
+    oracle: Annotated[str | None, typer.Option("--oracle", envvar="ORACLE_URL", help="The oracle's address.")] = None,
+    ledger: Annotated[
+        Path | None, typer.Option("--ledger", help="An exported ledger: no server is asked, and no API key needed.")
+    ] = None,
+    before: Annotated[
+        Path | None, typer.Option("--ledger-before", help="An older export, which --ledger must continue.")
+    ] = None,
+    ca: Ca = None,
+    public_key: Annotated[
+        str | None,
+        typer.Option(help="The ledger's key: 64 hexadecimal digits or a file. [default: as the runs kept it]"),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compare what the client counted with the server's ledger and metrics. Exit code 1 if they differ."""
+    """Compare what the client counted with the server's ledger and metrics, or with an exported ledger.
+
+    Exit code 1 if they differ, or if the exported ledger is not as it was signed.
+    """
     with _reported_errors():
-        with RemoteOracle(oracle, _api_key()) as remote:
-            result = run_audit(runs, remote)
+        key = read_key(public_key) if public_key else None
+        result: Audit | LedgerAudit
+        if ledger is not None:
+            result = audit_file(ledger, key, runs or (), before)
+        elif oracle is None or not runs or before is not None:
+            raise ConfigError("name the runs and an oracle (--oracle), or an exported ledger (--ledger)")
+        else:
+            with _live(oracle, ca).connect() as remote:
+                result = run_audit(runs, remote, key)
         if as_json:
             console.print_json(json.dumps(asdict(result) | {"equal": result.equal}))
+        elif isinstance(result, LedgerAudit):
+            _print_ledger_audit(result)
         else:
             print_audit(result)
+            _print_replayed(runs or [])
         if not result.equal:
             raise typer.Exit(1)
 
@@ -223,13 +231,14 @@ def demo(
     out: Annotated[Path, typer.Option("--out", help="Where the runs and the report go.")] = Path("runs/demo"),
     oracle: Annotated[
         str | None,
-        typer.Option("--oracle", envvar="ORACLE_URL", help="An oracle that is running; by default one is started."),
+        typer.Option("--oracle", envvar=URL_VARIABLE, help="An oracle that is running; by default one is started."),
     ] = None,
+    ca: Ca = None,
 ) -> None:
     """The whole story on the embedded digits: oracle, training, certificates, audit, report. About 3 minutes."""
     with _reported_errors():
         try:
-            result = run_demo(out, oracle, _api_key() if oracle else None)
+            result = run_demo(out, _live(oracle, ca) if oracle else None)
         except DemoFailed as failed:
             errors.print(f"demo failed: {failed}")
             raise typer.Exit(1) from None
@@ -254,6 +263,8 @@ def print_audit(result: Audit) -> None:
     console.print(table)
     if result.lost:
         console.print(f"{result.lost} requests were charged and their answer lost")
+    if result.key_from:
+        console.print(f"{result.receipts:,} receipts are good, by the key {result.key_from}")
     for difference in result.differences:
         console.print(f"differs: {difference}")
     console.print(
@@ -262,8 +273,34 @@ def print_audit(result: Audit) -> None:
     )
 
 
+def _print_ledger_audit(result: LedgerAudit) -> None:
+    """The accounts of an exported ledger, what the runs say, and the verdict."""
+    table = Table("client", box=None)
+    for column in ("requests", "queries", "in flight", "budget"):
+        table.add_column(column, justify="right")
+    for client in result.clients:
+        numbers = (client.requests, client.spent, client.held, client.budget)
+        name = f"{client.client} (revoked)" if client.revoked else client.client
+        table.add_row(escape(name), *(f"{number:,}" for number in numbers))
+    console.print(table)
+    for purpose, queries in sorted(result.purposes.items()):
+        console.print(f"runs, {purpose}: {queries:,} queries", markup=False)
+    if result.purposes:
+        console.print(
+            f"{result.receipts:,} receipts stand in the ledger; {result.without_receipt:,} requests have none"
+        )
+    for difference in result.differences:
+        console.print(f"differs: {difference}", markup=False)
+    hidden = f", {result.hidden:,} of them of others and left out" if result.hidden else ""
+    console.print(
+        f"audit: {'equal' if result.equal else 'NOT EQUAL'} (ledger {result.ledger}, {result.entries:,} entries"
+        f"{hidden}, its end of {result.at or 'no time'}, checked with key {result.public_key[:16]}...)"
+    )
+
+
 def _print_plan(planned: Plan) -> None:
     table = Table("", "queries", box=None)
+    table.add_row("noise floor", f"{planned.noise:,}")
     table.add_row("oracle labels", f"{planned.labels:,}")
     table.add_row("training", f"{planned.training:,}")
     table.add_row("validation", f"{planned.validation:,}")
@@ -305,8 +342,49 @@ def _api_key() -> str | None:
     return key or None
 
 
-def _oracle(url: str, run: Path, run_id: str) -> RemoteOracle:
-    return RemoteOracle(url, _api_key(), log=QueryLog(run / LOG_FILE), run_id=run_id)
+def _live(url: str, ca: Path | None, record: bool = False) -> LiveOracle:
+    return LiveOracle(url, _api_key(), ca, record)
+
+
+def _source(
+    context: typer.Context, url: str | None, ca: Path | None, record: bool, replay: Path | None
+) -> LiveOracle | RecordedRun:
+    """The oracle or the recording that a command names; ConfigError unless it names one of them."""
+    if replay is None:
+        if url is None:
+            raise ConfigError(f"name an oracle by --oracle URL (or {URL_VARIABLE}), or a recorded run by --replay RUN")
+        return _live(url, ca, record)
+    # An address that only the environment names is there for other commands.
+    named_by = context.get_parameter_source("oracle")
+    if url is not None and named_by is not None and named_by.name == "COMMANDLINE":
+        raise ConfigError("--oracle and --replay exclude each other: a replay asks no oracle")
+    if record:
+        raise ConfigError("--record and --replay exclude each other: a replay's answers are on record already")
+    return RecordedRun(replay)
+
+
+def _announcing(what: str, source: LiveOracle | RecordedRun) -> Callable[[Plan], None]:
+    """Says what a job (`run` or `certification`) will cost; of a replay, that it will not."""
+
+    def announce(planned: Plan) -> None:
+        queries = planned.to_train if what == "run" else planned.certification
+        if isinstance(source, RecordedRun):
+            errors.print(f"this {what} takes {queries:,} answers from the recording in {source.run}: zero queries")
+            missing = source.unrecorded()
+            if missing:
+                errors.print(f"that recording is partial: answered requests are not in it ({described(missing)})")
+        elif queries:
+            left = "no budget" if planned.remaining is None else f"{planned.remaining:,} left"
+            errors.print(f"this {what} will spend {queries:,} more queries ({left})")
+
+    return announce
+
+
+def _print_replayed(runs: list[Path]) -> None:
+    for run in runs:
+        rows = QueryLog.read(run / LOG_FILE).replayed_rows
+        if rows:
+            console.print(f"{run} was replayed: {rows:,} answers from a recording, at zero queries")
 
 
 @contextmanager
@@ -316,7 +394,7 @@ def _reported_errors() -> Iterator[None]:
     before = signal.signal(signal.SIGTERM, signal.default_int_handler) if in_main_thread else None
     try:
         yield
-    except (ConfigError, DatasetError, CheckpointError, LogDamaged, OSError) as error:
+    except (ConfigError, DatasetError, CheckpointError, LogDamaged, RecordingError, OSError) as error:
         errors.print(f"error: {error}", markup=False)
         raise typer.Exit(2) from None
     except (PlanUnaffordable, BudgetExhausted) as error:

@@ -65,12 +65,14 @@ class AutoencoderConfig(_Section):
 
 
 class EstimatorConfig(_Section):
-    """How gradients are estimated: `none` trains nothing (the undefended classifier). mu is the probes' step."""
+    """How gradients are estimated: `none` trains nothing (the undefended classifier). mu is the probes' step; `noise` =
+    `adapt` raises it where the oracle's answers are too noisy for it (see `noise_floor`)."""
 
     name: Literal["rge", "cge", "none"] = "cge"
     q: PositiveInt = 20
     mu: PositiveFloat = 0.005
     difference: Literal["forward", "central"] = "forward"
+    noise: Literal["adapt", "off"] = "adapt"
 
 
 class PretrainConfig(_Section):

@@ -17,16 +17,12 @@ from pathlib import Path
 
 from defender_client import certify
 from defender_client import config as configs
-from defender_client import stack as stacks
 from defender_client.audit import Audit, audit
-from defender_client.data import check_fit, load_splits, load_test
-from defender_client.oracle_client import RemoteOracle
-from defender_client.plan import plan
+from defender_client.jobs import train_and_certify_job
+from defender_client.plan import Plan
 from defender_client.progress import console
-from defender_client.query_log import LOG_FILE, QueryLog
 from defender_client.report import RADII, report
-from defender_client.run_directory import locked
-from defender_client.train import STACK_FILE, train
+from defender_client.sources import LiveOracle
 
 CLIENT_NAME = "demo"
 BUDGET = 3_000_000
@@ -49,31 +45,30 @@ class DemoResult:
     report: Path
 
 
-def demo(out: Path, oracle_url: str | None, api_key: str | None) -> DemoResult:
+def demo(out: Path, oracle: LiveOracle | None) -> DemoResult:
     """Run the demo in `out`; what is done there already is not done or paid again.
 
     Args:
         out: directory for the oracle's ledger, two runs (`undefended`, `defended`) and the report.
-        oracle_url: an oracle that hides a digits classifier; None starts one.
-        api_key: the key for `oracle_url`.
+        oracle: an oracle that hides a digits classifier; None starts one.
 
     Raises:
         DemoFailed: the audit is not equal, or the defended stack certifies no more than the undefended one.
     """
     out.mkdir(parents=True, exist_ok=True)
-    if oracle_url is not None:
-        return _story(out, oracle_url, api_key)
-    with _own_oracle(out) as (url, key):
-        return _story(out, url, key)
+    if oracle is not None:
+        return _story(out, oracle)
+    with _own_oracle(out) as own:
+        return _story(out, own)
 
 
-def _story(out: Path, url: str, api_key: str | None) -> DemoResult:
+def _story(out: Path, source: LiveOracle) -> DemoResult:
     seen: dict[str, list[certify.Row]] = {}
     # Both runs certify with the same seed, and so under the same noise.
     for name, preset in (("undefended", "standard"), ("defended", "demo")):
-        seen[name] = _run(preset, out / name, url, api_key)
+        seen[name] = _run(preset, out / name, source)
     runs = [out / "undefended", out / "defended"]
-    with RemoteOracle(url, api_key) as oracle:
+    with source.connect() as oracle:
         audited = audit(runs, oracle)
     target = out / "report.html"
     report(runs, target, None)
@@ -92,32 +87,23 @@ def _story(out: Path, url: str, api_key: str | None) -> DemoResult:
     return DemoResult(accuracies, audited, target)
 
 
-def _run(preset: str, run: Path, url: str, api_key: str | None) -> list[certify.Row]:
+def _run(preset: str, run: Path, source: LiveOracle) -> list[certify.Row]:
     """Train (if the preset trains) and certify one stack, with the demo's data, noise and certification settings."""
     settings = configs.load_preset("demo")
     config = configs.load_preset(preset).model_copy(
         update={"data": settings.data, "sigma": settings.sigma, "certify": settings.certify}
     )
-    splits, test = load_splits(config.data, None, config.seed), load_test(config.data, None)
-    with (
-        locked(run) as run_id,
-        RemoteOracle(url, api_key, log=QueryLog(run / LOG_FILE), run_id=run_id) as oracle,
-    ):
-        check_fit(splits.train, oracle.info.image_shape)
-        configs.save(config, run)
-        spec = stacks.specify(config, oracle.info.image_shape, oracle.info.classes)
-        planned = plan(config, spec, run, (len(splits.train), len(splits.validation), len(test)), oracle)
-        console.print(f"{run.name}: {planned.total:,} queries to spend, {planned.remaining:,} left")
-        planned.check_training()
-        train(config, spec, run, splits, oracle)
-        configs.save_certify_settings(config.certify, run)
-        stack = stacks.load(run / STACK_FILE)
-        return certify.certify(stack, oracle, test, config.certify, config.seed, run / certify.CERTIFIED_FILE)
+
+    def announce(planned: Plan) -> None:
+        left = "no budget" if planned.remaining is None else f"{planned.remaining:,} left"
+        console.print(f"{run.name}: {planned.total:,} queries to spend, {left}")
+
+    return train_and_certify_job(config, run, None, source, announce).rows
 
 
 @contextmanager
-def _own_oracle(out: Path) -> Iterator[tuple[str, str]]:
-    """An oracle on a free loopback port with a budget for this demo; stopped at the end. Yields its URL and a key."""
+def _own_oracle(out: Path) -> Iterator[LiveOracle]:
+    """An oracle on a free loopback port with a budget for this demo; stopped at the end."""
     server = Path(sys.executable).with_name("oracle-server")
     if not server.exists():
         raise DemoFailed("oracle-server is not installed beside this program: name a running oracle by --oracle")
@@ -139,7 +125,7 @@ def _own_oracle(out: Path) -> Iterator[tuple[str, str]]:
         try:
             url = _address(process, log_path)
             console.print(f"oracle on {url}, its log in {log_path}")
-            yield url, key_file.read_text(encoding="utf-8").strip()
+            yield LiveOracle(url, key_file.read_text(encoding="utf-8").strip())
         finally:
             process.terminate()
             try:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from defender_client.config import ConfigError
 from defender_client.losses import stability_labels
-from defender_client.oracle_client import RemoteOracle
+from defender_client.oracle import Oracle
 from defender_client.progress import meter
 from defender_client.stack import write_safetensors
 from shared.datasets import ImageSet
@@ -25,7 +25,7 @@ def bought(run: Path) -> bool:
     return (run / LABELS_FILE).exists()
 
 
-def oracle_labels(run: Path, oracle: RemoteOracle, sets: dict[str, ImageSet], rows: int) -> dict[str, Tensor]:
+def oracle_labels(run: Path, oracle: Oracle, sets: dict[str, ImageSet], rows: int) -> dict[str, Tensor]:
     """Labels int64 [n] of each set, from the oracle's answers to its clean images; one query per image, once per run.
 
     Interrupted, it asks again under the same keys, which the server answers without a second charge.

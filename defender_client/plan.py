@@ -12,13 +12,14 @@ from pathlib import Path
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 
-from defender_client import certify, checkpoints, labels, zo
+from defender_client import certify, checkpoints, labels, noise_floor, zo
 from defender_client.checkpoints import CHECKPOINT_FILE, Progress
 from defender_client.config import RunConfig
 from defender_client.data import gaussian
-from defender_client.oracle_client import RemoteOracle
+from defender_client.oracle import Oracle
 from defender_client.pretrain import fresh_stack
 from defender_client.query_log import LOG_FILE, QueryLog
+from defender_client.request_key import RequestKey
 from defender_client.stack import StackSpec
 from shared.wire.errors import NotFound
 
@@ -42,13 +43,14 @@ class Plan:
     """The cost of what is left of a run; queries by purpose.
 
     Attributes:
-        labels, training, validation, certification: queries still to buy.
+        noise, labels, training, validation, certification: queries still to buy; `noise` measures the noise floor.
         samples: training samples still to go through the stack.
         bytes_up, bytes_down: tensor bytes of all those queries, float32.
         seconds: time for training, or None where the oracle's speed is not known yet.
         remaining: the budget's queries left; None for a server that keeps none.
     """
 
+    noise: int
     labels: int
     training: int
     validation: int
@@ -62,7 +64,7 @@ class Plan:
     @property
     def to_train(self) -> int:
         """Queries that `train` will spend."""
-        return self.labels + self.training + self.validation
+        return self.noise + self.labels + self.training + self.validation
 
     @property
     def total(self) -> int:
@@ -85,7 +87,7 @@ def plan(
     spec: StackSpec,
     run: Path | None,
     sizes: tuple[int, int, int],
-    oracle: RemoteOracle,
+    oracle: Oracle,
     *,
     measure: bool = False,
 ) -> Plan:
@@ -98,7 +100,7 @@ def plan(
     """
     train, validation, test = sizes
     progress, paid = _progress(run), _paid(run, oracle)
-    samples = queries = checks = bought = 0
+    samples = queries = checks = bought = noise = 0
     if config.estimator.name != "none":
         batches_done = min(progress.batch * config.train.batch, train)
         every, epochs = config.train.validate_every, config.train.epochs
@@ -113,15 +115,19 @@ def plan(
         )
         if run is None or not labels.bought(run):
             bought = _left(train + validation, paid, labels.PURPOSE)
+        started = progress != Progress()
+        noise = _left(noise_floor.queries_left(config, run, train, started=started), paid, noise_floor.PURPOSE)
     certification = _certification(config, run, test, paid)
-    total = bought + queries + checks + certification
+    to_train = noise + bought + queries + checks
+    total = to_train + certification
     budget = oracle.budget()
     seconds = None
     if measure:
         each = _oracle_seconds(oracle)
         if each is not None:
-            seconds = (bought + queries + checks) * each + (samples * _own_seconds(config, spec) if samples else 0.0)
+            seconds = to_train * each + (samples * _own_seconds(config, spec) if samples else 0.0)
     return Plan(
+        noise=noise,
         labels=bought,
         training=queries,
         validation=checks,
@@ -153,7 +159,7 @@ def _progress(run: Path | None) -> Progress:
     return saved.progress if saved is not None else Progress()
 
 
-def _paid(run: Path | None, oracle: RemoteOracle) -> dict[str, int]:
+def _paid(run: Path | None, oracle: Oracle) -> dict[str, int]:
     """Queries the run has paid for by their label; requests whose answer was lost as the ledger settles them."""
     if run is None or not (run / LOG_FILE).exists():
         return {}
@@ -165,10 +171,9 @@ def _paid(run: Path | None, oracle: RemoteOracle) -> dict[str, int]:
             for entry in oracle.charges():
                 if entry.idempotency_key in lost:
                     paid[entry.idempotency_key] += entry.rows
-    # A key is RUN/LABEL/DIGEST.
     by_label: Counter[str] = Counter()
     for key, rows in paid.items():
-        by_label[key.partition("/")[2].rpartition("/")[0]] += rows
+        by_label[RequestKey.parse(key).label] += rows
     return dict(by_label)
 
 
@@ -189,7 +194,7 @@ def _certification(config: RunConfig, run: Path | None, test: int, paid: dict[st
     return sum(max(0, each - begun[certify.image_label(settings, config.seed, index)]) for index in todo)
 
 
-def _oracle_seconds(oracle: RemoteOracle) -> float | None:
+def _oracle_seconds(oracle: Oracle) -> float | None:
     """Seconds of inference per query so far, from the server's metrics; None before its first answer."""
     sums = {"oracle_inference_seconds_sum": 0.0, "oracle_batch_rows_sum": 0.0}
     try:

@@ -12,8 +12,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as RichProgress
 
 _LINE_SECONDS = 15.0
+_WAIT_SECONDS = 1.0  # shorter waits are not worth a word
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
+_meters: list[Meter] = []  # under way, the innermost last
 
 
 class Meter:
@@ -44,12 +46,43 @@ class Meter:
             remaining = timedelta(seconds=round((self._total - self._done) / max(rate, 1e-9)))
             console.print(f"{self._description}: {self._done:,}/{self._total:,} · {line} · {remaining} left")
 
+    def waiting(self, seconds: float, why: str) -> None:
+        """Nothing will be done for so many seconds, and why."""
+        text, now = f"waiting {seconds:.0f} s: {why}", time.monotonic()
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, note=text)
+        elif now + seconds - self._last_line > _LINE_SECONDS:
+            self._last_line = now
+            console.print(f"{self._description}: {text}")
+
+
+def waiting(seconds: float, why: str) -> None:
+    """Say in the line of the work under way that it waits."""
+    if seconds < _WAIT_SECONDS:
+        return
+    if _meters:
+        _meters[-1].waiting(seconds, why)
+    else:
+        console.print(f"waiting {seconds:.0f} s: {why}")
+
 
 @contextmanager
 def meter(description: str, total: int, unit: str, done: int = 0) -> Iterator[Meter]:
     """A meter over `total` units of which `done` are done already."""
+    with _bar() as bar:
+        started = Meter(description, total, unit, done, bar)
+        _meters.append(started)
+        try:
+            yield started
+        finally:
+            _meters.remove(started)
+
+
+@contextmanager
+def _bar() -> Iterator[RichProgress | None]:
+    """A bar where there is a terminal to draw it on."""
     if not console.is_terminal:
-        yield Meter(description, total, unit, done, None)
+        yield None
         return
     columns = (
         TextColumn("{task.description}"),
@@ -60,4 +93,4 @@ def meter(description: str, total: int, unit: str, done: int = 0) -> Iterator[Me
         TextColumn("{task.fields[note]}"),
     )
     with RichProgress(*columns, console=console) as bar:
-        yield Meter(description, total, unit, done, bar)
+        yield bar

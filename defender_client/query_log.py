@@ -2,6 +2,9 @@
 
 The first line is written before anything can be charged, so that after a kill at any moment every charge on the
 server's ledger is explained by a line here. A line cut off by a kill was not followed by a request, and is dropped.
+
+Two more kinds of line: a batch limit that the server's refusals taught (`max_rows`), so that a run that is started
+again splits its batches as before; and an answer taken from a recording (`replayed`), sent nowhere and free.
 """
 
 from __future__ import annotations
@@ -9,10 +12,12 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
+
+from shared.wire.errors import TooLarge
 
 LOG_FILE = "queries.jsonl"
 
@@ -23,7 +28,11 @@ class LogDamaged(ValueError):
 
 @dataclass
 class LoggedRequest:
-    """A request as the client knows it. `charged` is None while no answer was read; a replay is charged 0."""
+    """A request as the client knows it. `charged` is None while no answer was read; a replay is charged 0.
+
+    `receipt` is the last Query-Receipt as it came, or None: its form is the server's own, and a proxy may
+    strip it.
+    """
 
     key: str
     purpose: str
@@ -32,6 +41,17 @@ class LoggedRequest:
     refused: str | None = None
     bytes_up: int = 0
     bytes_down: int = 0
+    receipt: str | None = None
+
+
+@dataclass(frozen=True)
+class ReplayedAnswer:
+    """An answer taken from a recording; `cost` is what the recorded run had paid in all when it got it, in queries."""
+
+    key: str
+    purpose: str
+    rows: int
+    cost: int
 
 
 class QueryLog:
@@ -42,6 +62,9 @@ class QueryLog:
         self._file: IO[str] | None = None
         self.requests: dict[str, LoggedRequest] = {}
         self.charged: Counter[str] = Counter()  # queries by purpose
+        self.max_rows: int | None = None  # of a batch, as refusals taught it
+        self.replays: dict[str, ReplayedAnswer] = {}
+        self._asked: dict[str, str] = {}  # RUN/LABEL: the key last asked under it
         if path is None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,21 +92,49 @@ class QueryLog:
 
         A replay of a charge whose answer was lost settles it: the rows it had been charged are counted now.
         """
+        total = self._settled(key, charged)
+        self._append({"key": key, "charged": total, "receipt": receipt, "up": bytes_up, "down": bytes_down})
+
+    def total_after(self, key: str, charged: int) -> int:
+        """What `total` will be once `answered` was told of this charge."""
+        return self.total - (self.requests[key].charged or 0) + self._settled(key, charged)
+
+    def _settled(self, key: str, charged: int) -> int:
+        """Queries charged for a request in all, with this answer's charge."""
         known = self.requests[key]
         if charged == 0:
-            total = known.rows if known.charged is None else known.charged
-        else:
-            total = (known.charged or 0) + charged
-        self._append({"key": key, "charged": total, "receipt": receipt, "up": bytes_up, "down": bytes_down})
+            return known.rows if known.charged is None else known.charged
+        return (known.charged or 0) + charged
 
     def refused(self, key: str, code: str) -> None:
         """The request was refused: nothing was charged."""
         self._append({"key": key, "refused": code})
 
+    def learn_max_rows(self, rows: int) -> None:
+        """The server refused a larger batch; a limit above one that is known already teaches nothing."""
+        if self.max_rows is None or rows < self.max_rows:
+            self._append({"max_rows": rows, "at": datetime.now(UTC).isoformat()})
+
+    def replayed(self, answer: ReplayedAnswer) -> None:
+        """An answer was taken from a recording."""
+        self._append({"replayed": asdict(answer)})
+
+    def last_asked(self, run_and_label: str) -> LoggedRequest | None:
+        """The request last sent under RUN/LABEL; None if there is none, or if it was refused as too large."""
+        key = self._asked.get(run_and_label)
+        if key is None or self.requests[key].refused == TooLarge.code:
+            return None
+        return self.requests[key]
+
     @property
     def total(self) -> int:
         """Queries charged in all answered requests."""
         return self.charged.total()
+
+    @property
+    def replayed_rows(self) -> int:
+        """Rows answered from a recording, at no query."""
+        return sum(answer.rows for answer in self.replays.values())
 
     @property
     def unanswered(self) -> list[LoggedRequest]:
@@ -118,8 +169,16 @@ class QueryLog:
             self._file.flush()
 
     def _apply(self, line: dict[str, Any]) -> None:
+        if "max_rows" in line:
+            self.max_rows = _positive(line["max_rows"])
+            return
+        if "replayed" in line:
+            answer = ReplayedAnswer(**line["replayed"])
+            self.replays[answer.key] = answer
+            return
         key = line["key"]
         if "rows" in line:
+            self._asked[key.rpartition("/")[0]] = key
             # Announced again after a refusal: what an earlier answer was charged for stays.
             known = self.requests.setdefault(key, LoggedRequest(key, line["purpose"], line["rows"]))
             known.refused = None
@@ -131,8 +190,15 @@ class QueryLog:
         charged, up, down = line["charged"], line["up"], line["down"]
         self.charged[request.purpose] += charged - (request.charged or 0)
         request.charged = charged
+        request.receipt = line["receipt"] or request.receipt
         request.bytes_up += up
         request.bytes_down += down
+
+
+def _positive(value: Any) -> int:
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"not a number of rows: {value!r}")
+    return value
 
 
 def _lines(path: Path) -> Iterator[tuple[bytes, int]]:

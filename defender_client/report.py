@@ -21,12 +21,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from defender_client import certify
+from defender_client import certify, noise_floor
 from defender_client import config as configs
 from defender_client import stack as stacks
 from defender_client.certify import Row
 from defender_client.config import CertifyConfig, ConfigError, RunConfig
 from defender_client.data import gaussian, load_test
+from defender_client.noise_floor import Finding
 from defender_client.query_log import LOG_FILE, QueryLog
 from defender_client.smoothing import largest_radius
 from defender_client.stack import Stack
@@ -48,8 +49,10 @@ class Result:
 
     Attributes:
         rows: certified images.
-        queries: queries by purpose.
+        queries: queries that the run spent, by purpose.
+        replayed: answers that it took from a recording instead, in rows.
         curve: one line per validation.
+        noise: what was measured before the first step; None where nothing was.
     """
 
     name: str
@@ -57,9 +60,11 @@ class Result:
     certification: CertifyConfig
     rows: list[Row]
     queries: dict[str, int]
+    replayed: int
     bytes_up: int
     bytes_down: int
     curve: list[dict[str, Any]]
+    noise: Finding | None
     stack: Stack | None
 
     @property
@@ -100,9 +105,11 @@ def read_run(run: Path) -> Result:
         certification=configs.certify_settings(config, run, {}),
         rows=certify.read(run / certify.CERTIFIED_FILE),
         queries=dict(log.charged),
+        replayed=log.replayed_rows,
         bytes_up=sum(request.bytes_up for request in log.requests.values()),
         bytes_down=sum(request.bytes_down for request in log.requests.values()),
         curve=[curve[step] for step in sorted(curve)],
+        noise=noise_floor.read(run).finding,
         stack=stacks.load(run / STACK_FILE) if (run / STACK_FILE).exists() else None,
     )
 

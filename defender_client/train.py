@@ -27,15 +27,15 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from defender_client import checkpoints, zo
+from defender_client import checkpoints, noise_floor, zo
 from defender_client import stack as stacks
-from defender_client.appending import drop_torn_line
+from defender_client.appending import drop_lines_from
 from defender_client.checkpoints import CHECKPOINT_FILE, CheckpointError, Progress
 from defender_client.config import RunConfig, TrainConfig
 from defender_client.data import Splits, augment, epoch_order, gaussian
 from defender_client.labels import oracle_labels
 from defender_client.losses import cross_entropy
-from defender_client.oracle_client import RemoteOracle
+from defender_client.oracle import Oracle
 from defender_client.pretrain import pretrain
 from defender_client.progress import meter
 from defender_client.stack import Stack, StackSpec
@@ -59,7 +59,7 @@ class StepResult:
     gradient_norm: float
 
 
-def train(config: RunConfig, spec: StackSpec, run: Path, splits: Splits, oracle: RemoteOracle) -> Stack:
+def train(config: RunConfig, spec: StackSpec, run: Path, splits: Splits, oracle: Oracle) -> Stack:
     """Train a stack over HTTP, from its last checkpoint if there is one; returns the best by the validation split.
 
     Writes to `run`: `stack.safetensors` (the best so far), `checkpoint.safetensors`, `training.jsonl` (one line per
@@ -67,6 +67,7 @@ def train(config: RunConfig, spec: StackSpec, run: Path, splits: Splits, oracle:
 
     Raises:
         OracleError: a refusal that retrying cannot better, such as `BudgetExhausted`; the run resumes where it stopped.
+        FiniteDifferencesUseless: the oracle's answers are too coarse or too noisy; only the measurement was paid for.
     """
     final = run / STACK_FILE
     if config.estimator.name == "none":
@@ -78,10 +79,11 @@ def train(config: RunConfig, spec: StackSpec, run: Path, splits: Splits, oracle:
     if checkpoint is not None and checkpoint.progress.epoch >= config.train.epochs:
         return stacks.load(final)
     stack = pretrain(config, spec, run, splits)
+    mu = noise_floor.step(config, run, stack, splits.train, oracle, started=checkpoint is not None)
     labels = oracle_labels(
         run, oracle, {"train": splits.train, "validation": splits.validation}, config.train.query_rows
     )
-    _Trainer(config, run, splits, oracle, stack, labels).run(checkpoint)
+    _Trainer(config, run, splits, oracle, stack, labels, mu).run(checkpoint)
     return stacks.load(final)
 
 
@@ -91,9 +93,10 @@ class _Trainer:
         config: RunConfig,
         run: Path,
         splits: Splits,
-        oracle: RemoteOracle,
+        oracle: Oracle,
         stack: Stack,
         labels: dict[str, Tensor],
+        mu: float,
     ) -> None:
         self._config, self._run, self._splits, self._oracle = config, run, splits, oracle
         self._stack, self._labels = stack, labels
@@ -105,7 +108,7 @@ class _Trainer:
         self._estimator = zo.make(
             estimator.name,
             q=estimator.q,
-            mu=estimator.mu,
+            mu=mu,
             difference=estimator.difference,
             generator=self._generators["probes"],
         )
@@ -132,7 +135,7 @@ class _Trainer:
                 for batch in range(self._progress.batch, batches):
                     result = self._step(order[batch], epoch)
                     self._progress = replace(
-                        self._progress, step=self._progress.step + 1, batch=batch + 1, queries=self._oracle.log.total
+                        self._progress, step=self._progress.step + 1, batch=batch + 1, queries=self._oracle.cost
                     )
                     if self._progress.step % settings.checkpoint_every == 0 or interrupted():
                         self._save()
@@ -202,11 +205,12 @@ class _Trainer:
             line = {
                 "epoch": epoch + 1,
                 "step": self._progress.step,
-                "queries": self._oracle.log.total,
+                "queries": self._oracle.cost,
                 "loss": result.loss,
                 "agreement": result.agreement,
             }
-            drop_torn_line(self._run / CURVE_FILE)
+            # A validation that a kill cut off from its checkpoint is done again, and replaces itself.
+            drop_lines_from(self._run / CURVE_FILE, lambda known: _step_of(known) >= self._progress.step)
             with (self._run / CURVE_FILE).open("a", encoding="utf-8") as curve:
                 curve.write(json.dumps(line) + "\n")
             if result.agreement >= best:
@@ -214,7 +218,7 @@ class _Trainer:
                 stacks.save(self._stack, self._run / STACK_FILE)
         elif not len(self._splits.validation) and last:
             stacks.save(self._stack, self._run / STACK_FILE)
-        self._progress = replace(self._progress, epoch=epoch + 1, batch=0, queries=self._oracle.log.total, best=best)
+        self._progress = replace(self._progress, epoch=epoch + 1, batch=0, queries=self._oracle.cost, best=best)
         self._save()
 
     @torch.no_grad()
@@ -239,7 +243,7 @@ class _Trainer:
         board.add_scalar(f"{what}/agreement", result.agreement, step)
         if what == "train":
             board.add_scalar("train/gradient_norm", result.gradient_norm, step)
-            board.add_scalar("queries/spent", self._oracle.log.total, step)
+            board.add_scalar("queries/spent", self._oracle.cost, step)
 
     def _new_optimizer(self, epoch: int) -> torch.optim.Optimizer:
         settings = self._config.train
@@ -263,6 +267,14 @@ class _Trainer:
                 generator.set_state(checkpoint.generators[name])
         except (RuntimeError, ValueError, KeyError) as error:
             raise CheckpointError(f"{self._run / CHECKPOINT_FILE} belongs to another run: {error}") from None
+
+
+def _step_of(line: bytes) -> int:
+    """The step of a line of the curve; -1 for one that is damaged."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return -1
 
 
 def optimizer_kind(settings: TrainConfig, epoch: int) -> type[torch.optim.Optimizer]:

@@ -1,0 +1,135 @@
+"""What the commands do, from the first check to the last file: the order of a run's steps stands here and nowhere else.
+
+    pretrain   configuration, autoencoder and denoiser; asks no oracle
+    plan       configuration, shapes, cost; spends nothing
+    train      lock, configuration, plan, check against the budget, train
+    certify    lock, configuration, plan, check against the budget, certify
+
+Answers come from an oracle or from a recording (`sources`). A job that is run again does what is left of it. Each
+raises what its parts raise: ConfigError and DatasetError for what cannot be used, PlanUnaffordable before anything is
+spent, OracleError for a refusal, RecordingError for a recording that does not have this run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from defender_client import certify as certification
+from defender_client import config as configs
+from defender_client import stack as stacks
+from defender_client.config import RunConfig
+from defender_client.data import Splits, check_fit, load_splits, load_test
+from defender_client.oracle import Oracle
+from defender_client.plan import Plan
+from defender_client.plan import plan as make_plan
+from defender_client.pretrain import PRETRAINED_FILE
+from defender_client.pretrain import pretrain as run_pretraining
+from defender_client.run_directory import locked
+from defender_client.sources import LiveOracle, Source
+from defender_client.train import STACK_FILE
+from defender_client.train import train as run_training
+from shared.datasets import ImageSet
+
+Announce = Callable[[Plan], None]
+"""Told what a job will cost, before it is checked against the budget and before anything is spent."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained run: where its stack is, and the queries that the run has spent in all."""
+
+    stack: Path
+    spent: int
+
+
+@dataclass(frozen=True)
+class Certified:
+    """A certified run: all its rows, the file they are in, and the queries that its certification spent in all."""
+
+    rows: list[certification.Row]
+    path: Path
+    spent: int
+
+
+def plan_job(config: RunConfig, run: Path | None, data: Path | None, source: LiveOracle) -> Plan:
+    """The cost of what is left of a run (`run` None: of one that has not started); asks nothing that costs a query."""
+    if run is not None and (run / configs.CONFIG_FILE).exists():
+        configs.save(config, run)  # which checks that it is the run's own
+        config = config.model_copy(update={"certify": configs.certify_settings(config, run, {})})
+    with source.connect() as oracle:
+        splits = load_splits(config.data, data, config.seed)
+        check_fit(splits.train, oracle.info.image_shape)
+        sizes = (len(splits.train), len(splits.validation), len(load_test(config.data, data)))
+        spec = stacks.specify(config, oracle.info.image_shape, oracle.info.classes)
+        return make_plan(config, spec, run, sizes, oracle, measure=True)
+
+
+def pretrain_job(config: RunConfig, run: Path, data: Path | None) -> Path:
+    """Train autoencoder and denoiser at zero queries; returns the file of the pretrained stack."""
+    splits = load_splits(config.data, data, config.seed)
+    with locked(run):
+        configs.save(config, run)
+        spec = stacks.specify(config, splits.train.image_shape, splits.train.classes)
+        run_pretraining(config, spec, run, splits)
+    return run / PRETRAINED_FILE
+
+
+def train_job(config: RunConfig, run: Path, data: Path | None, source: Source, announce: Announce) -> Trained:
+    """Train a run's stack from the oracle's answers."""
+    splits = load_splits(config.data, data, config.seed)
+    with _session(run, source) as oracle:
+        _train(config, run, splits, 0, oracle, announce)
+        return Trained(run / STACK_FILE, oracle.log.total)
+
+
+def certify_job(
+    run: Path, data: Path | None, source: Source, changes: Mapping[str, Any], announce: Announce
+) -> Certified:
+    """Certify a run's stack; `changes` are certification settings other than those the run has."""
+    config = configs.load(run)
+    config = config.model_copy(update={"certify": configs.certify_settings(config, run, changes)})
+    test = load_test(config.data, data)
+    with _session(run, source) as oracle:
+        return _certify(config, run, test, oracle, announce)
+
+
+def train_and_certify_job(
+    config: RunConfig, run: Path, data: Path | None, source: Source, announce: Announce
+) -> Certified:
+    """Both, in one session; `announce` is told of the cost of both."""
+    splits, test = load_splits(config.data, data, config.seed), load_test(config.data, data)
+    with _session(run, source) as oracle:
+        _train(config, run, splits, len(test), oracle, announce)
+        return _certify(config, run, test, oracle, lambda _: None)
+
+
+@contextmanager
+def _session(run: Path, source: Source) -> Iterator[Oracle]:
+    with locked(run) as run_id, source.open(run, run_id) as oracle:
+        yield oracle
+
+
+def _train(config: RunConfig, run: Path, splits: Splits, test_images: int, oracle: Oracle, announce: Announce) -> None:
+    check_fit(splits.train, oracle.info.image_shape)
+    configs.save(config, run)
+    spec = stacks.specify(config, oracle.info.image_shape, oracle.info.classes)
+    planned = make_plan(config, spec, run, (len(splits.train), len(splits.validation), test_images), oracle)
+    announce(planned)
+    planned.check_training()
+    run_training(config, spec, run, splits, oracle)
+
+
+def _certify(config: RunConfig, run: Path, test: ImageSet, oracle: Oracle, announce: Announce) -> Certified:
+    check_fit(test, oracle.info.image_shape)
+    stack = stacks.load(run / STACK_FILE)
+    planned = make_plan(config, stack.spec, run, (0, 0, len(test)), oracle)
+    announce(planned)
+    planned.check_certification()
+    configs.save_certify_settings(config.certify, run)
+    path = run / certification.CERTIFIED_FILE
+    rows = certification.certify(stack, oracle, test, config.certify, config.seed, path)
+    return Certified(rows, path, oracle.log.charged[certification.PURPOSE])

@@ -1,0 +1,88 @@
+"""What a job knows of an oracle, whether it answers over HTTP or from a recording."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Literal, Protocol, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, PositiveInt, Strict
+
+from defender_client.query_log import QueryLog
+from shared.wire import protocol
+
+Scores = Literal["logits", "probabilities", "label"]
+"""What a vector of k scores is: logits; probabilities; 1 at the label and 0 elsewhere."""
+
+SCORES: tuple[Scores, ...] = get_args(Scores)
+
+# A probability that was rounded to 0 has no logarithm.
+_TINY = np.finfo(np.float32).tiny
+_Count = Annotated[PositiveInt, Strict()]
+
+
+class OracleInfo(BaseModel):
+    """What the oracle says of itself.
+
+    Attributes:
+        image_shape: (c, h, w) of the images it takes.
+        classes: length k of a vector of scores.
+        max_rows: the largest batch it takes in one request, by its own limits on rows and on bytes.
+        scores: what its scores are.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    image_shape: tuple[_Count, _Count, _Count]
+    classes: _Count
+    max_rows: _Count
+    scores: Scores = "logits"
+
+    def logits(self, scores: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Scores [n, k] as logits [n, k], float32.
+
+        Probabilities p become log(max(p, tiny)), tiny the smallest normal float32: the logits up to a constant of each
+        row, which neither a softmax nor an argmax sees; where the oracle rounds, what it rounded away is gone. Labels
+        stay as they are, 1 and 0: their argmax is the label, and there is no more to them.
+        """
+        return np.log(np.maximum(scores, _TINY)) if self.scores == "probabilities" else scores
+
+
+class Oracle(Protocol):
+    """A classifier that may only be asked: what training, certification and the plan use of it."""
+
+    @property
+    def info(self) -> OracleInfo:
+        """Shapes and limits."""
+
+    @property
+    def log(self) -> QueryLog:
+        """The run's own account; its totals are what this run has spent."""
+
+    @property
+    def remaining(self) -> int | None:
+        """Queries left of the budget by the last answer; None if that is not known."""
+
+    @property
+    def cost(self) -> int:
+        """Queries paid in all for the run's answers so far, when they were bought: the run's own spending, or, in a
+        replay, that of the run that was recorded."""
+
+    def query(self, images: NDArray[np.float32], *, purpose: str, label: str) -> NDArray[np.float32]:
+        """Logits float32 [n, k] of images float32 [n, c, h, w] in [0, 1].
+
+        Args:
+            images: the batch.
+            purpose: what the queries are for (`labels`, `train`, `certify`, ...); kept in the log.
+            label: names this batch within the run.
+        """
+
+    def budget(self) -> protocol.BudgetStatement | None:
+        """The caller's account; None where none is kept."""
+
+    def charges(self) -> Iterator[protocol.ChargeEntry]:
+        """The caller's own ledger entries, oldest first; NotFound where no ledger is kept."""
+
+    def metrics(self) -> str:
+        """Metrics in Prometheus' text form; NotFound where there are none."""

@@ -1,0 +1,12 @@
+"""The oracle over HTTP; the only package that knows httpx.
+
+remote      batches into requests, answers into scores, the books
+connection  one request and its answer: address, key, TLS
+retrying    which failures may pass, and how long to keep at them
+pacing      what the server says about its limits
+"""
+
+from defender_client.oracle_client.connection import OracleUnreachable
+from defender_client.oracle_client.remote import RemoteOracle
+
+__all__ = ["OracleUnreachable", "RemoteOracle"]

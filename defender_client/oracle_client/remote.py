@@ -1,0 +1,318 @@
+"""Scores over HTTP: a batch becomes requests, answers become scores, and the books are kept.
+
+Every request carries an Idempotency-Key made of the run, the step and the body's digest. A retry, or the same step of a
+run that was killed and started again, therefore asks under the same key and is answered without a second charge; other
+bytes make another key and are a new purchase.
+"""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import TypeVar
+
+import httpx
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from defender_client import progress, request_key
+from defender_client.oracle import SCORES, OracleInfo
+from defender_client.oracle_client.connection import Connection, OracleUnreachable
+from defender_client.oracle_client.retrying import Clock, Retrier
+from defender_client.query_log import QueryLog
+from defender_client.recording import Recorder
+from defender_client.request_key import RequestKey
+from shared.wire import codec, protocol
+from shared.wire.errors import MalformedRequest, NotFound, OracleError, TooLarge, UnexpectedAnswer
+
+M = TypeVar("M", bound=protocol.Message)
+
+_DEFAULT_MAX_ROWS = 1024
+_HEADER_BYTES = 1024  # more than the JSON part of a request
+
+
+class RemoteOracle:
+    """A classifier behind HTTP: images in, logits out, every query charged.
+
+    Usable wherever a callable from images [n, c, h, w] in [0, 1] to logits [n, k] is.
+
+    An oracle whose scores are probabilities (parameter `scores` of its model's metadata) is read as log(max(p, tiny)):
+    logits up to a constant of each row. See `OracleInfo.logits`.
+
+    Args:
+        url: the server's address, without a route.
+        api_key: sent as `Authorization: Bearer`; None for a server that asks for none.
+        log: where requests are noted; in memory by default.
+        recorder: where answers are kept; None keeps none.
+        run_id: first part of every Idempotency-Key; random by default.
+        retry_seconds: how long to keep trying one request that fails in a way that may pass.
+        patience_seconds: how long to wait in all for one request where the server says when to come back.
+        ca: PEM file of the authorities to trust, for a server with a private one.
+        transport: an httpx transport, for tests.
+        clock: time, for tests.
+        on_wait: told of every wait before it begins: seconds, and why.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        api_key: str | None = None,
+        *,
+        log: QueryLog | None = None,
+        recorder: Recorder | None = None,
+        run_id: str | None = None,
+        retry_seconds: float = 120.0,
+        patience_seconds: float = 3600.0,
+        ca: Path | None = None,
+        transport: httpx.BaseTransport | None = None,
+        clock: Clock | None = None,
+        on_wait: Callable[[float, str], None] = progress.waiting,
+    ) -> None:
+        retrier = Retrier(retry_seconds, patience_seconds, clock, on_wait)
+        self._connection = Connection(url, api_key, retrier, ca=ca, transport=transport)
+        self.url = url
+        self.log = log if log is not None else QueryLog(None)
+        self.run_id = run_id or uuid.uuid4().hex
+        self.remaining: int | None = None
+        self._recorder = recorder
+        self._info: OracleInfo | None = None
+        self._sequence = 0
+
+    # --- what the oracle says of itself; none of this costs a query ---
+
+    @property
+    def info(self) -> OracleInfo:
+        """Shapes and limits, from the model's metadata; asked once."""
+        if self._info is None:
+            self._info = _read_info(self.url, self._get(protocol.METADATA_ROUTE, protocol.ModelMetadata))
+            if self._recorder is not None:
+                self._recorder.describe(self._info)
+        return self._info
+
+    @property
+    def cost(self) -> int:
+        """Queries paid for this run's answers so far."""
+        return self.log.total
+
+    def budget(self) -> protocol.BudgetStatement | None:
+        """The caller's account; None if the server keeps none (it is not ours)."""
+        try:
+            statement = self._get(protocol.BUDGET_ROUTE, protocol.BudgetStatement)
+        except NotFound:
+            return None
+        self.remaining = statement.remaining
+        return statement
+
+    def charges(self) -> Iterator[protocol.ChargeEntry]:
+        """The caller's own ledger entries, oldest first."""
+        after: int | None = 0
+        while after is not None:
+            route = f"{protocol.CHARGES_ROUTE}?after={after}&limit={protocol.CHARGES_PAGE}"
+            page = self._get(route, protocol.ChargePage)
+            yield from page.entries
+            after = page.next_after
+
+    def ledger(self) -> protocol.LedgerStatement | None:
+        """Which ledger the server keeps, its key and its signed end; None if it shows none."""
+        try:
+            return self._get(protocol.LEDGER_ROUTE, protocol.LedgerStatement)
+        except NotFound:
+            return None
+
+    def metrics(self) -> str:
+        """The server's metrics in Prometheus' text form."""
+        return self._connection.get(protocol.METRICS_ROUTE).text
+
+    def _get(self, route: str, message: type[M]) -> M:
+        response = self._connection.get(route)
+        try:
+            return message.model_validate_json(response.content)
+        except ValidationError as error:
+            raise UnexpectedAnswer(
+                f"{self.url}{route} did not answer as expected: {error.errors()[0]['msg']}"
+            ) from None
+
+    # --- queries ---
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits float32 [n, k] of images [n, c, h, w] in [0, 1]; costs n queries."""
+        array = images.detach().to("cpu", torch.float32).numpy()
+        self._sequence += 1
+        label = f"call-{self._sequence}-{uuid.uuid4().hex[:8]}"
+        return torch.from_numpy(self.query(array, purpose="call", label=label))
+
+    def query(self, images: NDArray[np.float32], *, purpose: str, label: str) -> NDArray[np.float32]:
+        """Logits of a batch, in requests of at most what the server takes at once.
+
+        A batch that the server refuses as too large is asked in smaller ones, and so is every later one.
+
+        Args:
+            images: float32 [n, c, h, w] in [0, 1].
+            purpose: what the queries are for (`labels`, `train`, `certify`, ...); kept in the log.
+            label: names this batch within the run; the same label and bytes are charged once, however often asked.
+
+        Returns:
+            Logits float32 [n, k].
+
+        Raises:
+            OracleError: the refusal, as the server gave it; `OracleUnreachable` when retries ran out; `TooLarge` if a
+                single image is.
+        """
+        parts: list[NDArray[np.float32]] = []
+        start = 0
+        while not parts or start < len(images):
+            parts.append(self._first_rows(images[start:], purpose, f"{label}/{start}"))
+            start += len(parts[-1])
+        return self.info.logits(parts[0] if len(parts) == 1 else np.concatenate(parts))
+
+    def _first_rows(self, images: NDArray[np.float32], purpose: str, label: str) -> NDArray[np.float32]:
+        """Scores of the first of these images, of as many as the server takes at once."""
+        most = len(images)
+        while True:
+            rows = self._rows(images[:most], label)
+            try:
+                return self._request(images[:rows], purpose, label)
+            except TooLarge as refusal:
+                if rows <= 1:
+                    raise
+                self.log.learn_max_rows(_smaller(refusal, rows))
+                most = rows - 1  # also where the log says that more were taken once
+
+    def _rows(self, images: NDArray[np.float32], label: str) -> int:
+        """How many of these images to ask about: as many as when they were asked about before, for those are paid
+        under that key; else all that fit."""
+        fit = min(len(images), self.info.max_rows, self.log.max_rows or self.info.max_rows)
+        before = self.log.last_asked(f"{self.run_id}/{label}")
+        if before is not None and before.rows != fit and before.rows <= len(images):
+            digest = request_key.digest(request_key.encode(images[: before.rows]))
+            if digest == RequestKey.parse(before.key).digest:
+                return before.rows
+        return fit
+
+    def _request(self, images: NDArray[np.float32], purpose: str, label: str) -> NDArray[np.float32]:
+        encoded = request_key.encode(images)
+        key = str(RequestKey(self.run_id, label, request_key.digest(encoded)))
+        headers = {
+            protocol.IDEMPOTENCY_KEY_HEADER: key,
+            protocol.JSON_LENGTH_HEADER: str(encoded.json_length),
+            "Content-Length": str(encoded.size),
+            "Content-Type": "application/octet-stream",
+        }
+        # Whether an attempt, now or before a kill, may have been charged without our knowing. A refusal after it says
+        # nothing about that attempt: the log then keeps the request as unanswered, for the ledger to settle.
+        known = self.log.requests.get(key)
+        lost = known is not None and known.charged is None and not known.refused
+        self.log.sending(key, purpose, len(images))
+
+        def in_doubt() -> None:
+            nonlocal lost
+            lost = True
+
+        try:
+            response = self._connection.post(protocol.INFER_ROUTE, encoded, headers, in_doubt)
+        except (OracleUnreachable, UnexpectedAnswer):
+            raise
+        except OracleError as error:
+            if not lost:
+                self.log.refused(key, error.code)
+            raise
+        scores = self._read_scores(response, len(images))
+        charge = _whole(response.headers.get(protocol.QUERY_CHARGE_HEADER))
+        charged = len(images) if charge is None else charge
+        left = _whole(response.headers.get(protocol.QUERY_REMAINING_HEADER))
+        if left is not None:
+            self.remaining = left
+        if self._recorder is not None:
+            # Before the log: what the log calls answered is on record.
+            self._recorder.keep(key, scores, self.log.total_after(key, charged))
+        self.log.answered(
+            key,
+            charged,
+            receipt=response.headers.get(protocol.QUERY_RECEIPT_HEADER),
+            bytes_up=encoded.size,
+            bytes_down=len(response.content),
+        )
+        return scores
+
+    def _read_scores(self, response: httpx.Response, rows: int) -> NDArray[np.float32]:
+        length = response.headers.get(protocol.JSON_LENGTH_HEADER)
+        try:
+            json_length = _whole(length)
+            if length is not None and json_length is None:
+                raise MalformedRequest(f"{protocol.JSON_LENGTH_HEADER} is not a number of bytes: {length[:20]!r}")
+            answer = codec.decode_response(response.content, json_length)
+        except MalformedRequest as error:
+            raise UnexpectedAnswer(f"the oracle's answer cannot be read: {error.detail}") from None
+        scores = answer.outputs.get(protocol.OUTPUT_NAME)
+        expected = (rows, self.info.classes)
+        if scores is None or scores.shape != expected:
+            shape = None if scores is None else list(scores.shape)
+            raise UnexpectedAnswer(f"expected '{protocol.OUTPUT_NAME}' {list(expected)}, the oracle sent {shape}")
+        if not np.isfinite(scores).all():
+            raise UnexpectedAnswer(f"the oracle sent '{protocol.OUTPUT_NAME}' that are not finite")
+        return np.array(scores, dtype=np.float32)
+
+    def close(self) -> None:
+        """Close the connections, the log and the recording."""
+        self._connection.close()
+        self.log.close()
+        if self._recorder is not None:
+            self._recorder.close()
+
+    def __enter__(self) -> RemoteOracle:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _read_info(url: str, metadata: protocol.ModelMetadata) -> OracleInfo:
+    inputs = {tensor.name: tensor for tensor in metadata.inputs}
+    outputs = {tensor.name: tensor for tensor in metadata.outputs}
+    image, scores = inputs.get(protocol.INPUT_NAME), outputs.get(protocol.OUTPUT_NAME)
+    if (
+        image is None
+        or scores is None
+        or len(image.shape) != 4
+        or len(scores.shape) != 2
+        or min(*image.shape[1:], scores.shape[1]) < 1
+    ):
+        raise UnexpectedAnswer(
+            f"{url} is not a classifier of this protocol: expected input '{protocol.INPUT_NAME}' "
+            f"[-1, c, h, w] and output '{protocol.OUTPUT_NAME}' [-1, k]"
+        )
+    _, c, h, w = image.shape
+    rows = _limit(metadata, "max_batch_rows") or _DEFAULT_MAX_ROWS
+    body = _limit(metadata, "max_body_bytes")
+    if body is not None:
+        rows = max(1, min(rows, (body - _HEADER_BYTES) // max(1, 4 * c * h * w)))
+    kind = metadata.parameters.get("scores", "logits")
+    if kind not in SCORES:
+        raise UnexpectedAnswer(f"{url} answers with {kind!r}, and only {', '.join(SCORES)} can be read here")
+    return OracleInfo(image_shape=(c, h, w), classes=scores.shape[1], max_rows=rows, scores=kind)
+
+
+def _limit(metadata: protocol.ModelMetadata, name: str) -> int | None:
+    """A limit that our own server states among its model's parameters; None if this one does not."""
+    value = metadata.parameters.get(name)
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+
+
+def _smaller(refusal: TooLarge, refused: int) -> int:
+    """Rows to try after a refusal of `refused` rows: what the server says that it takes, else half."""
+    told = refusal.extensions.get("max_rows")
+    if isinstance(told, int) and not isinstance(told, bool) and 1 <= told < refused:
+        return told
+    return refused // 2
+
+
+def _whole(header: str | None) -> int | None:
+    """A header that is a whole number, and of a length that one can have."""
+    return int(header) if header is not None and re.fullmatch(r"[0-9]{1,15}", header) else None

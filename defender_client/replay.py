@@ -1,0 +1,106 @@
+"""A run had again from its recording: the same answers, at zero queries, with no oracle anywhere.
+
+A request is known again by its label and its body's digest, whatever the run's id. Batches are split as they were split
+when they were bought, whatever the limits were then: the recording says how many rows stand under each label.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from defender_client import request_key
+from defender_client.oracle import OracleInfo
+from defender_client.query_log import QueryLog, ReplayedAnswer
+from defender_client.recording import NotRecorded, RecordedAnswer, Recording
+from shared.wire import protocol
+from shared.wire.errors import NotFound
+
+
+class Replay:
+    """An `Oracle` that answers from a recording.
+
+    Args:
+        recording: of the run to have again.
+        log: of the run that is made of it; every answer is noted there as one that cost nothing.
+    """
+
+    def __init__(self, recording: Recording, log: QueryLog) -> None:
+        self._recording, self.log = recording, log
+        # A replay that was killed goes on where it was.
+        self._cost = next((answer.cost for answer in reversed(log.replays.values())), 0)
+
+    @property
+    def info(self) -> OracleInfo:
+        """What the oracle said of itself when it was last asked."""
+        return self._recording.info
+
+    @property
+    def remaining(self) -> None:
+        """No budget is touched."""
+
+    @property
+    def cost(self) -> int:
+        """What the recorded run had paid when it got the last answer."""
+        return self._cost
+
+    def query(self, images: NDArray[np.float32], *, purpose: str, label: str) -> NDArray[np.float32]:
+        """Logits of a batch, as they were answered when it was recorded; arguments as `Oracle.query`.
+
+        Raises:
+            NotRecorded: the recording has no such request.
+            RecordingDamaged: its answer is not what was recorded.
+        """
+        parts: list[NDArray[np.float32]] = []
+        start = 0
+        while not parts or start < len(images):
+            answer = self._find(images[start:], f"{label}/{start}")
+            parts.append(answer.oracle.logits(self._recording.read(answer)))
+            self._cost = answer.cost
+            self.log.replayed(ReplayedAnswer(str(answer.key), purpose, answer.rows, answer.cost))
+            start += answer.rows
+        return np.concatenate(parts)
+
+    def _find(self, images: NDArray[np.float32], label: str) -> RecordedAnswer:
+        """The newest answer under `label` to the first of these images, however many it took."""
+        recorded = self._recording.answers(label)
+        digests: dict[int, str] = {}
+        for answer in recorded:
+            if answer.rows > len(images) or (answer.rows == 0 and len(images)):
+                continue
+            if answer.rows not in digests:
+                digests[answer.rows] = request_key.digest(request_key.encode(images[: answer.rows]))
+            if digests[answer.rows] == answer.key.digest:
+                return answer
+        self._refuse(label, other_images=bool(recorded))
+
+    def _refuse(self, label: str, *, other_images: bool) -> NoReturn:
+        what = f"an answer to '{label}' for other images only" if other_images else f"no answer to '{label}'"
+        missing = self._recording.unrecorded()
+        why = (
+            f"the recording is partial: {missing.total():,} of that run's answered requests are not in it "
+            f"({described(missing)}), because --record was not given whenever it ran"
+            if missing
+            else "this run differs from the recorded one, probably in its preset, a --set, seed, data or version, "
+            "or it goes further than that one went"
+        )
+        raise NotRecorded(f"the recording of {self._recording.run} has {what}: {why}")
+
+    def budget(self) -> None:
+        """A recording keeps no account."""
+
+    def charges(self) -> Iterator[protocol.ChargeEntry]:
+        """A recording has no ledger: NotFound."""
+        raise NotFound("a recording has no ledger")
+
+    def metrics(self) -> str:
+        """A recording has no metrics: NotFound."""
+        raise NotFound("a recording has no metrics")
+
+
+def described(purposes: dict[str, int]) -> str:
+    """Counts by purpose in words."""
+    return ", ".join(f"{count:,} of {purpose}" for purpose, count in sorted(purposes.items()))
