@@ -29,7 +29,9 @@ from defender_client.certify import CERTIFIED_FILE, Row, certify
 from defender_client.config import RunConfig
 from defender_client.data import load_splits, load_test
 from defender_client.oracle_client import RemoteOracle
+from defender_client.oracle_client.retrying import Clock
 from defender_client.query_log import LOG_FILE, QueryLog
+from defender_client.recording import ANSWERS_FILE, Recorder
 from defender_client.run_directory import locked
 from defender_client.stack import Stack
 from defender_client.train import STACK_FILE, train
@@ -87,31 +89,53 @@ def tiny(folder: Path, *settings: str) -> RunConfig:
 
 
 @contextlib.contextmanager
-def opened(run: Path, url: str, key: str, transport: httpx.BaseTransport | None = None) -> Iterator[RemoteOracle]:
-    """The oracle as a command sees it: with the run's lock, id and log."""
+def opened(
+    run: Path, url: str, key: str, transport: httpx.BaseTransport | None = None, *, record: bool = False
+) -> Iterator[RemoteOracle]:
+    """The oracle as a command sees it: with the run's lock, id and log, and with `record` its recording."""
     with (
         locked(run) as run_id,
         RemoteOracle(
-            url, key, log=QueryLog(run / LOG_FILE), run_id=run_id, retry_seconds=20, transport=transport
+            url,
+            key,
+            log=QueryLog(run / LOG_FILE),
+            recorder=Recorder(run / ANSWERS_FILE) if record else None,
+            run_id=run_id,
+            retry_seconds=20,
+            transport=transport,
         ) as oracle,
     ):
         yield oracle
 
 
-def train_here(config: RunConfig, run: Path, url: str, key: str, transport: httpx.BaseTransport | None = None) -> Stack:
+def train_here(
+    config: RunConfig,
+    run: Path,
+    url: str,
+    key: str,
+    transport: httpx.BaseTransport | None = None,
+    *,
+    record: bool = False,
+) -> Stack:
     """What `train` does, without the command."""
     splits = load_splits(config.data, None, config.seed)
-    with opened(run, url, key, transport) as oracle:
+    with opened(run, url, key, transport, record=record) as oracle:
         configs.save(config, run)
         return train(config, stacks.specify(config, oracle.info.image_shape, oracle.info.classes), run, splits, oracle)
 
 
 def certify_here(
-    config: RunConfig, run: Path, url: str, key: str, transport: httpx.BaseTransport | None = None
+    config: RunConfig,
+    run: Path,
+    url: str,
+    key: str,
+    transport: httpx.BaseTransport | None = None,
+    *,
+    record: bool = False,
 ) -> list[Row]:
     """What `certify` does, without the command."""
     settings = configs.certify_settings(config, run, {})
-    with opened(run, url, key, transport) as oracle:
+    with opened(run, url, key, transport, record=record) as oracle:
         configs.save_certify_settings(settings, run)
         stack, test = stacks.load(run / STACK_FILE), load_test(config.data, None)
         return certify(stack, oracle, test, settings, config.seed, run / CERTIFIED_FILE)
@@ -126,7 +150,7 @@ def spent_by_purpose(server: Running, caller: Caller) -> dict[str, int]:
     """Charges on the ledger by the purpose in their key, RUN/PURPOSE/..."""
     found: dict[str, int] = {}
     after = 0
-    while page := server.ledger.entries(caller.client.id, after=after):
+    while page := server.ledger.entries(caller.client.id, after=after, kinds=("charge",)):
         for entry in page:
             if entry.rows:
                 purpose = (entry.idempotency_key or "/none").split("/")[1]
@@ -247,6 +271,18 @@ class CuttingProxy:
                             near.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                         return
                     (far if source is near else near).sendall(data)
+
+
+class FakeTime:
+    """Time that passes only while somebody sleeps; `slept` says how long each time."""
+
+    def __init__(self) -> None:
+        self.now, self.slept = 1000.0, list[float]()
+        self.clock = Clock(lambda: self.now, self.sleep)
+
+    def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.now += seconds
 
 
 # --- processes that can be killed -------------------------------------------------------------------------------------

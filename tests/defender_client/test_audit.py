@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +12,12 @@ import httpx
 import pytest
 from conftest import Trained
 from defender_support import Interfering, Killed, at, certify_here, tiny, train_here
-from oracle_support import Caller, Running, digits
+from oracle_support import Caller, Running, digits, pay
 
 from defender_client.audit import Audit, audit
 from defender_client.config import ConfigError, load_preset
 from defender_client.oracle_client import OracleUnreachable, RemoteOracle
+from defender_client.pinning import PIN_FILE, pin
 from defender_client.query_log import LOG_FILE, QueryLog
 
 Line = dict[str, object]
@@ -46,7 +48,7 @@ def test_accounts_are_equal_to_the_query(server: Running, trained: Trained) -> N
     assert result.differences == ()
     assert result.equal
     assert result.logged == result.ledger == result.statement == result.metrics
-    assert result.purposes == {"labels": 112, "train": 2 * 96 * 9, "validation": 2 * 16, "certify": 440}
+    assert result.purposes == {"noise": 186, "labels": 112, "train": 2 * 96 * 9, "validation": 2 * 16, "certify": 440}
     assert (result.client, result.budget, result.lost) == (trained.caller.client.name, 10**6, 0)
     assert result.requests == len(QueryLog.read(trained.run / LOG_FILE).requests)
 
@@ -132,7 +134,7 @@ def test_charges_that_no_log_explains(server: Running, caller: Caller, tmp_path:
     with RemoteOracle(server.url, caller.key, log=QueryLog(tmp_path / LOG_FILE)) as oracle:
         oracle.query(digits(3), purpose="x", label="x")
     assert audited(server, caller, tmp_path).equal
-    server.ledger.charge(caller.client.id, 7, "elsewhere", FOREIGN_BODY)
+    pay(server.ledger, caller.client.id, 7, "elsewhere", FOREIGN_BODY)
     caller.infer(digits(2))
     differences = audited(server, caller, tmp_path).differences
     assert "elsewhere: the ledger charged 7, and no log here knows of it" in differences
@@ -148,7 +150,7 @@ def test_a_second_charge_of_a_request_is_found(server: Running, caller: Caller, 
         oracle.query(digits(3), purpose="x", label="x")
     (key,) = QueryLog.read(tmp_path / LOG_FILE).requests
     # As a ledger might that forgot which keys it knows.
-    server.ledger.charge(caller.client.id, 3, f"{key}?", FOREIGN_BODY)
+    pay(server.ledger, caller.client.id, 3, f"{key}?", FOREIGN_BODY)
     assert not audited(server, caller, tmp_path).equal
 
 
@@ -176,11 +178,11 @@ def test_refused_requests_are_no_difference(server: Running, tmp_path: Path) -> 
     assert audited(server, caller, tmp_path).equal
 
 
-def test_a_charge_that_was_refunded_is_no_difference(server: Running, caller: Caller, tmp_path: Path) -> None:
+def test_a_request_that_was_released_is_no_difference(server: Running, caller: Caller, tmp_path: Path) -> None:
     log = QueryLog(tmp_path / LOG_FILE)
     log.sending("k", "x", 5)
     log.close()
-    server.ledger.refund(server.ledger.charge(caller.client.id, 5, "k", FOREIGN_BODY))
+    server.ledger.release(server.ledger.reserve(caller.client.id, 5, "k", FOREIGN_BODY), "no answer")
     result = audited(server, caller, tmp_path)
     assert (result.differences, result.logged, result.lost) == ((), 0, 0)
 
@@ -188,7 +190,7 @@ def test_a_charge_that_was_refunded_is_no_difference(server: Running, caller: Ca
 def test_many_differences_are_shortened_and_the_totals_stay(server: Running, caller: Caller, tmp_path: Path) -> None:
     QueryLog(tmp_path / LOG_FILE).close()
     for number in range(30):
-        server.ledger.charge(caller.client.id, 1, f"key-{number}", FOREIGN_BODY)
+        pay(server.ledger, caller.client.id, 1, f"key-{number}", FOREIGN_BODY)
     differences = audited(server, caller, tmp_path).differences
     assert len(differences) == 11
     assert "... 23 more ..." in differences
@@ -215,3 +217,81 @@ def test_without_a_log_or_a_ledger_there_is_nothing_to_compare(server: Running, 
         audit([tmp_path], oracle)
     with RemoteOracle("http://127.0.0.1:9", retry_seconds=0.1) as oracle, pytest.raises(OracleUnreachable):
         audit([tmp_path], oracle)
+
+
+# --- what the server signed ------------------------------------------------------------------------------------------
+
+
+def asked(server: Running, caller: Caller, run: Path) -> None:
+    """Three requests, and the ledger pinned before them."""
+    run.mkdir(exist_ok=True)
+    with RemoteOracle(server.url, caller.key, log=QueryLog(run / LOG_FILE), run_id="r") as oracle:
+        pin(run, oracle.ledger())
+        for rows in (1, 2, 3):
+            oracle.query(digits(rows), purpose="x", label=f"x{rows}")
+
+
+def test_receipts_are_checked_by_the_key_that_can_be_trusted_most(
+    server: Running, caller: Caller, tmp_path: Path
+) -> None:
+    asked(server, caller, tmp_path)
+    key = bytes.fromhex(server.ledger.identity.public_key)
+    with RemoteOracle(server.url, caller.key) as oracle:
+        pinned, given = audit([tmp_path], oracle), audit([tmp_path], oracle, key)
+        (tmp_path / PIN_FILE).unlink()
+        named = audit([tmp_path], oracle)
+        other = audit([tmp_path], oracle, bytes(32))
+    for result, key_from in ((pinned, "kept when they began"), (given, "was given"), (named, "server's word")):
+        assert (result.differences, result.receipts) == ((), 3)
+        assert key_from in (result.key_from or "")
+    assert other.receipts == 0
+    assert any("the server names the key" in told for told in other.differences)
+    assert any("the end of the server's ledger: the signature" in told for told in other.differences)
+    assert sum("its receipt: the signature" in told for told in other.differences) == 3
+
+
+def test_another_ledger_behind_the_same_address(server: Running, caller: Caller, tmp_path: Path) -> None:
+    asked(server, caller, tmp_path)
+    (tmp_path / PIN_FILE).write_text(json.dumps({"ledger": "00", "public_key": "11" * 32}))
+    differences = audited(server, caller, tmp_path).differences
+    assert any("charged on ledger 00" in told for told in differences)
+    assert any("the server names the key" in told for told in differences)
+
+
+def test_a_ledger_that_was_set_back_is_told_by_the_receipts(server: Running, tmp_path: Path) -> None:
+    """A server that shows fewer charges and an older end, though both are signed."""
+    caller = server.caller(100)
+    older: list[bytes] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/v1/ledger" and older:
+            return httpx.Response(200, content=older[0])
+        response = server.http.request(
+            request.method, str(request.url), headers=request.headers, content=request.read()
+        )
+        headers = {k: v for k, v in response.headers.items() if k not in ("content-encoding", "content-length")}
+        return httpx.Response(response.status_code, headers=headers, content=response.content)
+
+    first = server.http.get("/v1/ledger", headers=caller.headers).content
+    asked(server, caller, tmp_path)
+    older.append(first)
+    with RemoteOracle(server.url, caller.key, transport=httpx.MockTransport(answer)) as oracle:
+        differences = audit([tmp_path], oracle).differences
+    assert sum("it was set back" in told for told in differences) == 3
+
+
+def test_a_receipt_of_which_the_server_says_otherwise(server: Running, caller: Caller, tmp_path: Path) -> None:
+    asked(server, caller, tmp_path)
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        response = server.http.request(
+            request.method, str(request.url), headers=request.headers, content=request.read()
+        )
+        content = response.content
+        if request.url.path == "/v1/charges":
+            content = re.sub(rb'"body_sha256":"..', b'"body_sha256":"00', content, count=1)
+        return httpx.Response(response.status_code, content=content)
+
+    with RemoteOracle(server.url, caller.key, transport=httpx.MockTransport(answer)) as oracle:
+        (difference,) = audit([tmp_path], oracle).differences
+    assert "and the server says otherwise now" in difference

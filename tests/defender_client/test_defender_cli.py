@@ -10,18 +10,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from conftest import Trained
 from defender_support import PIXELS, Interfering, command, same_tensors, spent, wait_until, write_tiny
-from oracle_support import Caller, Running
+from oracle_support import Caller, Running, pay
 from typer.testing import CliRunner, Result
 
-from defender_client import oracle_client
 from defender_client import plan as plans
 from defender_client.certify import CERTIFIED_FILE, read
 from defender_client.cli import app
 from defender_client.config import preset_names
+from defender_client.oracle_client import RemoteOracle
 from defender_client.query_log import LOG_FILE, QueryLog
 from defender_client.run_directory import locked
 from defender_client.train import STACK_FILE
@@ -67,16 +68,17 @@ def test_the_whole_way(server: Running, caller: Caller, tmp_path: Path) -> None:
     to = ("--oracle", server.url)
     chosen = ("--out", out, *settings(*SMALL))
     plan = json.loads(run("plan", preset, *to, *chosen, "--json", key=caller.key).stdout)
-    assert (plan["labels"], plan["training"], plan["validation"], plan["certification"]) == (24, 16 * 9, 8, 440)
-    assert (plan["to_train"], plan["total"], plan["remaining"]) == (176, 616, 10**6)
-    assert "616" in run("plan", preset, *to, *chosen, key=caller.key).stdout
+    parts = ("noise", "labels", "training", "validation", "certification")
+    assert [plan[part] for part in parts] == [186, 24, 16 * 9, 8, 440]
+    assert (plan["to_train"], plan["total"], plan["remaining"]) == (362, 802, 10**6)
+    assert "802" in run("plan", preset, *to, *chosen, key=caller.key).stdout
 
     assert "zero queries" in run("pretrain", preset, *chosen).stdout
     assert spent(server, caller) == 0
     trained = run("train", preset, *to, *chosen, key=caller.key)
-    assert "this run will spend 176 more queries (1,000,000 left)" in trained.stderr
-    assert "176 queries spent" in " ".join(trained.stdout.split())
-    assert spent(server, caller) == 176
+    assert "this run will spend 362 more queries (1,000,000 left)" in trained.stderr
+    assert "362 queries spent" in " ".join(trained.stdout.split())
+    assert spent(server, caller) == 362
     assert "will spend" not in run("train", preset, *to, *chosen, key=caller.key).stderr  # it is done
 
     certified = run("certify", "--run", out, *to, "--images", "2", key=caller.key)
@@ -84,19 +86,62 @@ def test_the_whole_way(server: Running, caller: Caller, tmp_path: Path) -> None:
     assert len(read(out / CERTIFIED_FILE)) == 2
     assert "2 images" in certified.stdout
     run("certify", "--run", out, *to, "--images", "3", key=caller.key)
-    assert spent(server, caller) == 176 + 330
+    assert spent(server, caller) == 362 + 330
     assert json.loads(run("plan", preset, *to, *chosen, "--json", key=caller.key).stdout)["total"] == 0
 
     audited = run("audit", out, *to, key=caller.key).stdout
-    assert audited.count("506") == 4
+    assert audited.count("692") == 4
     assert "audit: equal" in audited
     answer = json.loads(run("audit", out, *to, "--json", key=caller.key).stdout)
-    assert (answer["equal"], answer["logged"], answer["metrics"], answer["differences"]) == (True, 506, 506, [])
+    assert (answer["equal"], answer["logged"], answer["metrics"], answer["differences"]) == (True, 692, 692, [])
 
     run("report", out)
     assert (out / "report.html").is_file()
     run("report", out, "--out", tmp_path / "elsewhere" / "index.html")
     assert (tmp_path / "elsewhere" / "certified-accuracy.png").is_file()
+
+
+def test_a_recorded_run_again_without_an_oracle(server: Running, caller: Caller, tmp_path: Path) -> None:
+    preset, out, again = write_tiny(tmp_path), tmp_path / "run", tmp_path / "again"
+    to = ("--oracle", server.url)
+    run("train", preset, *to, "--out", out, "--record", *settings(*SMALL), key=caller.key)
+    run("certify", "--run", out, *to, "--images", "2", "--record", key=caller.key)
+    paid = spent(server, caller)
+    # An address in the environment is for other commands.
+    elsewhere = {"ORACLE_URL": "http://127.0.0.1:9"}
+    trained = run("train", preset, "--replay", out, "--out", again, *settings(*SMALL), **elsewhere)
+    assert f"takes 362 answers from the recording in {out}: zero queries" in trained.stderr
+    assert "partial" not in trained.stderr
+    assert "0 queries spent by this run" in " ".join(trained.stdout.split())
+    certified = run("certify", "--run", again, "--replay", out, "--images", "2", **elsewhere)
+    assert "takes 220 answers" in certified.stderr
+    assert "2 images" in certified.stdout
+    assert ", 0 queries, " in certified.stdout
+    assert same_tensors(out / STACK_FILE, again / STACK_FILE)
+    assert read(out / CERTIFIED_FILE) == read(again / CERTIFIED_FILE)
+    told = run("audit", out, again, *to, key=caller.key).stdout
+    assert "audit: equal" in told
+    assert f"{again} was replayed: 582 answers from a recording, at zero queries" in " ".join(told.split())
+    assert spent(server, caller) == paid == 582
+
+
+def test_an_oracle_or_a_recording_and_not_both(server: Running, caller: Caller, tmp_path: Path) -> None:
+    preset, out = write_tiny(tmp_path), tmp_path / "run"
+    to = ("--oracle", server.url)
+    train = ("train", preset, "--out", out, *settings(*SMALL))
+    run(*train, *to, key=caller.key)
+    for words in (train, ("certify", "--run", out)):
+        assert "--oracle URL (or ORACLE_URL), or a recorded run by --replay" in refused(*words, code=2)
+        assert "exclude each other" in refused(*words, *to, "--replay", out, code=2)
+        assert "exclude each other" in refused(*words, "--record", "--replay", out, code=2)
+        assert "was not recorded" in refused(*words, "--replay", out, code=2)
+    # Recorded from now on, which is too late for the training.
+    run("certify", "--run", out, *to, "--images", "1", "--record", key=caller.key)
+    late = run("train", preset, "--out", tmp_path / "again", "--replay", out, *settings(*SMALL), code=2).stderr
+    assert "that recording is partial" in late
+    assert "of labels" in late.splitlines()[-1]
+    (out / "answers.bin").write_bytes(b"nonsense, but longer than a prefix")
+    assert "damaged at byte 0" in refused("certify", "--run", out, *to, "--record", code=2, key=caller.key)
 
 
 # --- help -------------------------------------------------------------------------------------------------------------
@@ -205,25 +250,25 @@ def test_two_at_once(server: Running, caller: Caller, tmp_path: Path) -> None:
 
 
 def test_a_run_that_cannot_be_paid_is_refused_before_it_spends(server: Running, tmp_path: Path) -> None:
-    preset, caller = write_tiny(tmp_path), server.caller(175)
+    preset, caller = write_tiny(tmp_path), server.caller(361)
     arguments = (preset, "--oracle", server.url, "--out", tmp_path / "run", *settings(*SMALL))
     for name in ("plan", "train"):
         result = run(name, *arguments, code=3, key=caller.key)
         line = result.stderr.strip().splitlines()[-1]
-        assert "training needs 176 queries and the budget has 175 left (1 too few)" in line
+        assert "training needs 362 queries and the budget has 361 left (1 too few)" in line
         assert spent(server, caller) == 0
     plan = json.loads(run("plan", *arguments, "--json", code=3, key=caller.key).stdout)
-    assert (plan["to_train"], plan["remaining"]) == (176, 175)
-    server.ledger.set_budget(caller.client.name, 176)
+    assert (plan["to_train"], plan["remaining"]) == (362, 361)
+    server.ledger.set_budget(caller.client.name, 362)
     assert "not the certification" in run("plan", *arguments, key=caller.key).stdout
     run("train", *arguments, key=caller.key)
     certify = ("certify", "--run", tmp_path / "run", "--oracle", server.url)
     assert "certification needs 440" in run(*certify, code=3, key=caller.key).stderr
     assert not (tmp_path / "run" / CERTIFIED_FILE).exists()
     # What was not begun may still be made smaller.
-    server.ledger.set_budget(caller.client.name, 176 + 15)
+    server.ledger.set_budget(caller.client.name, 362 + 15)
     run(*certify, "--images", "1", "--n0", "5", "--n", "10", key=caller.key)
-    assert spent(server, caller) == 191
+    assert spent(server, caller) == 377
 
 
 def test_a_budget_that_is_lowered_while_it_runs(
@@ -237,23 +282,23 @@ def test_a_budget_that_is_lowered_while_it_runs(
     )
 
     def lower(number: int) -> None:
-        if number == 4:
-            server.ledger.set_budget(caller.client.name, 100)
+        if number == 10:
+            server.ledger.set_budget(caller.client.name, 286)
 
     with monkeypatch.context() as patched:
-        client = oracle_client.httpx.Client
+        client = httpx.Client
 
         def interfering(**options: Any) -> Any:
             return client(**options | {"transport": Interfering(after=lower)})
 
-        patched.setattr(oracle_client.httpx, "Client", interfering)
+        patched.setattr(httpx, "Client", interfering)
         result = run(*arguments, code=3, key=caller.key)
-    assert "budget of 100 are left" in result.stderr
-    assert QueryLog.read(out / LOG_FILE).total == spent(server, caller) <= 176
+    assert "budget of 286 are left" in result.stderr
+    assert QueryLog.read(out / LOG_FILE).total == spent(server, caller) <= 362
     assert "budget:" in run(*arguments, code=3, key=caller.key).stderr
-    server.ledger.set_budget(caller.client.name, 176)
+    server.ledger.set_budget(caller.client.name, 362)
     run(*arguments, key=caller.key)
-    assert spent(server, caller) == 176
+    assert spent(server, caller) == 362
     assert same_tensors(out / STACK_FILE, tmp_path / "whole" / STACK_FILE)
 
 
@@ -267,7 +312,7 @@ def test_an_address_that_is_none_is_told_at_once(tmp_path: Path, address: str) -
 
 
 def test_a_server_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    defaults = oracle_client.RemoteOracle.__init__.__kwdefaults__
+    defaults = RemoteOracle.__init__.__kwdefaults__
     monkeypatch.setitem(defaults, "retry_seconds", 0.2)
     line = refused("plan", write_tiny(tmp_path), "--oracle", "http://127.0.0.1:9", code=4, key="k")
     assert "The oracle cannot be reached" in line
@@ -284,7 +329,7 @@ def test_an_oracle_of_other_images(server: Running, caller: Caller, tmp_path: Pa
 def test_an_audit_that_finds_a_difference(server: Running, caller: Caller, tmp_path: Path) -> None:
     preset, out = write_tiny(tmp_path), tmp_path / "run"
     run("train", preset, "--oracle", server.url, "--out", out, *settings(*SMALL), key=caller.key)
-    server.ledger.charge(caller.client.id, 7, "elsewhere", "0" * 64)
+    pay(server.ledger, caller.client.id, 7, "elsewhere", "0" * 64)
     told = run("audit", out, "--oracle", server.url, code=1, key=caller.key).stdout
     assert "NOT EQUAL" in told
     assert "elsewhere: the ledger charged 7" in " ".join(told.split())

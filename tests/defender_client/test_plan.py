@@ -30,8 +30,9 @@ def test_every_number_of_a_plan(oracle: RemoteOracle, tmp_path: Path, server: Ru
     result = planned(tiny(tmp_path, "train.epochs=5", "train.validate_every=2"), oracle)
     training = 5 * 96 * 9
     assert (result.labels, result.training, result.validation) == (112, training, 3 * 16)  # after 2, 4 and 5
+    assert result.noise == 3 * (4 * 7 + 2 * (1 + 2 * 8))  # points, lines of 7; twice the point and 8 directions
     assert result.certification == 4 * 110
-    assert result.to_train == 112 + training + 48
+    assert result.to_train == 186 + 112 + training + 48
     assert result.total == result.to_train + 440
     assert result.samples == 5 * 96
     assert (result.bytes_up, result.bytes_down) == (result.total * 64 * 4, result.total * 10 * 4)
@@ -63,7 +64,7 @@ def test_what_the_paper_s_presets_cost_a_sample(preset: str, each: int) -> None:
 
 def test_what_cannot_be_paid_is_refused_with_the_numbers() -> None:
     def plan_of(remaining: int | None) -> Plan:
-        return Plan(10, 100, 20, 1000, 50, 0, 0, None, remaining)
+        return Plan(7, 3, 100, 20, 1000, 50, 0, 0, None, remaining)
 
     for enough in (130, None):
         plan_of(enough).check_training()

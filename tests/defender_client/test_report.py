@@ -22,6 +22,7 @@ from defender_client import config as configs
 from defender_client import stack as stacks
 from defender_client.certify import CERTIFIED_FILE, HEADER
 from defender_client.config import ConfigError
+from defender_client.noise_floor import NOISE_FILE
 from defender_client.pretrain import fresh_stack
 from defender_client.query_log import LOG_FILE
 from defender_client.report import markdown_table, read_run, report
@@ -90,7 +91,7 @@ def test_the_numbers_are_those_of_the_files(trained: Trained, tmp_path: Path) ->
     page = written(tmp_path / "deep" / "report.html", trained.run)
     with (trained.run / CERTIFIED_FILE).open() as tsv:
         rows = list(csv.DictReader(tsv, delimiter="\t"))
-    certified, account = page.tables
+    certified, account, noise = page.tables
     right = [float(row["radius"]) for row in rows if row["label"] == row["predict"]]
     assert certified[1] == [
         "run",
@@ -114,9 +115,18 @@ def test_the_numbers_are_those_of_the_files(trained: Trained, tmp_path: Path) ->
         else:
             spent[purposes[entry["key"]]] = spent.get(purposes[entry["key"]], 0) + entry["charged"]
             bytes_up, bytes_down = bytes_up + entry["up"], bytes_down + entry["down"]
-    numbers = [f"{spent[purpose]:,}" for purpose in ("labels", "train", "validation", "certify")]
+    numbers = [f"{spent[purpose]:,}" for purpose in ("noise", "labels", "train", "validation", "certify")]
     sizes = [f"{size / 1e6:,.1f} MB" for size in (bytes_up, bytes_down)]
     assert account[1] == ["run", *numbers, f"{sum(spent.values()):,}", *sizes]
+    found = json.loads((trained.run / NOISE_FILE).read_text())["finding"]
+    shown = [
+        f"{found['noise']:.1e}",
+        f"{found['slope']:.1e}",
+        "0.005",
+        "0.005",
+        f"{100 * found['relative_error']:.1f} %",
+    ]
+    assert noise[1] == ["run", *shown]
 
 
 def test_every_picture_is_in_the_page_and_beside_it(trained: Trained, tmp_path: Path) -> None:
@@ -174,13 +184,13 @@ def test_a_run_that_is_not_certified_has_dashes(trained: Trained, tmp_path: Path
     shutil.copytree(trained.run, run, ignore=shutil.ignore_patterns("certif*"))
     page = written(tmp_path / "report.html", run)
     assert page.tables[0][1][3:] == ["0", "100", *"–" * 6]
-    assert page.tables[1][1][4] == "440"  # what was asked stays asked
+    assert page.tables[1][1][5] == "440"  # what was asked stays asked
 
 
 def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
     configs.save(tiny(tmp_path), tmp_path / "run")
     page = written(tmp_path / "run" / "report.html", tmp_path / "run")
-    assert page.tables[1][1] == ["run", "0", "0", "0", "0", "0", "0.0 MB", "0.0 MB"]
+    assert page.tables[1][1] == ["run", "0", "0", "0", "0", "0", "0", "0.0 MB", "0.0 MB"]
     assert len(page.pictures) == 1
 
 

@@ -93,7 +93,8 @@ def test_the_requirements_are_pyproject_s(tmp_path: Path) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     written = {path.stem: path.read_text(encoding="utf-8").splitlines() for path in tmp_path.iterdir()}
     extras = project["optional-dependencies"]
-    assert written == {"common": project["dependencies"], "server": extras["server"], "client": extras["client"]}
+    server = [*extras["server"], *extras["postgres"]]
+    assert written == {"common": project["dependencies"], "server": server, "client": extras["client"]}
 
 
 def test_the_builder_is_sent_only_what_images_are_made_of() -> None:

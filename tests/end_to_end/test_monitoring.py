@@ -132,6 +132,7 @@ def test_every_expression_of_the_board_returns_data(caller: Caller, prometheus: 
 
     def all_returned() -> bool:
         caller.infer(digits(5))
+        caller.http.get(protocol.BUDGET_ROUTE)  # refused: no key
         for name in list(empty):
             values = prometheus.values(as_grafana_sends_it(empty[name]))
             if values and all(math.isfinite(value) for value in values):
@@ -150,6 +151,24 @@ def test_prometheus_reads_what_the_ledger_says(caller: Caller, prometheus: LiveP
     wait_for(lambda: prometheus.values("oracle_queries_total") == [account["spent"]], lambda: str(account))
     assert prometheus.values("oracle_query_budget") == [account["budget"]] == [BUDGET]
     assert prometheus.values("oracle_queries_remaining") == [account["remaining"]]
+    assert prometheus.values("oracle_queries_held") == [account["held"]] == [0]
+
+
+@needs_promtool
+def test_prometheus_reads_the_ledgers_length_and_its_verification(caller: Caller, prometheus: LivePrometheus) -> None:
+    caller.infer(digits(2))
+    head = caller.http.get(protocol.LEDGER_ROUTE, headers=caller.headers).json()["seq"]
+    wait_for(lambda: prometheus.values("oracle_ledger_entries") == [head], lambda: str(head))
+    wait_for(lambda: prometheus.values("oracle_ledger_verified_entries") == [head], lambda: str(head))
+    assert prometheus.values("oracle_ledger_verified") == [1]
+
+
+@needs_promtool
+def test_prometheus_reads_refusals_by_client_and_reason(caller: Caller, prometheus: LivePrometheus) -> None:
+    refusal = caller.infer(digits(1), Idempotency_Key="x" * 300)
+    assert refusal.status_code == 400
+    series = 'oracle_refusals_total{client="demo",code="malformed-request"}'
+    wait_for(lambda: prometheus.values(series) == [1], lambda: series)
 
 
 def test_the_board_names_every_metric_of_the_oracle() -> None:
@@ -157,7 +176,12 @@ def test_the_board_names_every_metric_of_the_oracle() -> None:
     for metric in (
         "oracle_queries_total",
         "oracle_query_budget",
+        "oracle_queries_held",
         "oracle_queries_remaining",
+        "oracle_refusals_total",
+        "oracle_ledger_entries",
+        "oracle_ledger_verified",
+        "oracle_ledger_verified_entries",
         "oracle_requests_total",
         "oracle_request_duration_seconds",
         "oracle_batch_rows",

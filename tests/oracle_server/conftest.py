@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from databases import BACKENDS, ledger_url
 from oracle_support import Caller, Running, running
 
 from oracle_server.ledger import Ledger
@@ -12,11 +13,17 @@ from oracle_server.settings import Settings
 MAX_ROWS, MAX_BODY = 64, 2**20
 
 
-@pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """The digits classifier, live, with limits small enough to be reached."""
-    ledger = tmp_path_factory.mktemp("oracle") / "ledger.db"
-    settings = Settings(ledger=str(ledger), max_batch_rows=MAX_ROWS, max_body_bytes=MAX_BODY, body_timeout=2.0)
+@pytest.fixture(scope="session", params=BACKENDS)
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """The digits classifier, live, with limits small enough to be reached; over either database."""
+    folder = tmp_path_factory.mktemp("oracle")
+    settings = Settings(
+        ledger=ledger_url(folder, request.param),
+        signing_key=folder / "signing.key",
+        max_batch_rows=MAX_ROWS,
+        max_body_bytes=MAX_BODY,
+        body_timeout=2.0,
+    )
     with running(settings) as started:
         yield started
 
@@ -27,9 +34,16 @@ def caller(server: Running) -> Caller:
     return server.caller()
 
 
+@pytest.fixture(params=BACKENDS)
+def url(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where a ledger may be made, in either database; its signing key goes to `tmp_path`."""
+    monkeypatch.chdir(tmp_path)
+    return ledger_url(tmp_path, request.param)
+
+
 @pytest.fixture
-def ledger(tmp_path: Path) -> Iterator[Ledger]:
-    """An empty ledger in a file of its own."""
-    opened = Ledger.open(str(tmp_path / "ledger.db"))
+def ledger(url: str) -> Iterator[Ledger]:
+    """An empty ledger of its own, in either database."""
+    opened = Ledger.open(url)
     yield opened
     opened.close()

@@ -17,8 +17,10 @@ from pathlib import Path
 import httpx
 import numpy as np
 import torch
+from fastapi import FastAPI
 
 from oracle_server.app import create_app
+from oracle_server.book import Payment
 from oracle_server.ledger import Client, Ledger
 from oracle_server.oracle import Oracle
 from oracle_server.server import listen, make_server
@@ -32,6 +34,12 @@ _names = (f"client-{n}" for n in itertools.count())
 def digits(rows: int, seed: int = 0) -> np.ndarray:
     """Random images [rows, 1, 8, 8] in [0, 1]."""
     return np.random.default_rng(seed).random((rows, 1, 8, 8), dtype=np.float32)
+
+
+def pay(ledger: Ledger, client_id: int, rows: int, key: str | None = None, sha: str = "sha") -> Payment:
+    """Both steps of a request that is answered; or what was paid for it before."""
+    reservation = ledger.reserve(client_id, rows, key, sha)
+    return reservation.paid or ledger.charge(reservation)
 
 
 @dataclass(frozen=True)
@@ -86,7 +94,12 @@ class Running:
 
     url: str
     http: httpx.Client
-    service: Service
+    app: FastAPI
+
+    @property
+    def service(self) -> Service:
+        service: Service = self.app.state.service
+        return service
 
     @property
     def ledger(self) -> Ledger:
@@ -115,9 +128,9 @@ class Held:
 
 
 @contextlib.contextmanager
-def running(settings: Settings, oracle: Oracle | None = None) -> Iterator[Running]:
-    """Serve on a loopback port, from a thread, until the block ends."""
-    bound, url = listen("127.0.0.1", 0)
+def running(settings: Settings, oracle: Oracle | None = None, *, port: int = 0) -> Iterator[Running]:
+    """Serve on a loopback port, any free one by default, from a thread, until the block ends."""
+    bound, url = listen("127.0.0.1", port)
     app = create_app(settings, oracle)
     started = threading.Event()
     server = make_server(app, settings, started.set)
@@ -126,7 +139,7 @@ def running(settings: Settings, oracle: Oracle | None = None) -> Iterator[Runnin
     try:
         assert started.wait(30)
         with httpx.Client(base_url=url, timeout=30) as http:
-            yield Running(url, http, app.state.service)
+            yield Running(url, http, app)
     finally:
         server.should_exit = True
         thread.join(30)
@@ -134,7 +147,7 @@ def running(settings: Settings, oracle: Oracle | None = None) -> Iterator[Runnin
 
 
 @contextlib.contextmanager
-def process(ledger: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def process(ledger: Path | str, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """`oracle-server serve` as a process of its own; yields it and its URL, and kills it at the end."""
     command = [sys.executable, "-m", "oracle_server", "serve", "--port", "0", "--ledger", str(ledger), *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
@@ -142,7 +155,7 @@ def process(ledger: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str]
         threading.Thread(target=lambda: [lines.put(line) for line in child.stdout or ()], daemon=True).start()
         try:
             line = lines.get(timeout=60)
-            assert line.startswith("listening on http://127.0.0.1:"), line
+            assert line.startswith(("listening on http://127.0.0.1:", "listening on https://127.0.0.1:")), line
             yield child, line.removeprefix("listening on ").strip()
         finally:
             with contextlib.suppress(ProcessLookupError):

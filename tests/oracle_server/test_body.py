@@ -12,10 +12,15 @@ import pytest
 from oracle_support import Caller, Running, digits, logits_of, refused
 
 from oracle_server.body import decompress
+from oracle_server.room import BodyRoom, Share
 from shared.wire import codec, protocol
 from shared.wire.errors import MalformedRequest, TooLarge
 
 MIB = 2**20
+
+
+def unlimited() -> Share:
+    return Share(BodyRoom(2**60))
 
 
 def compressed(caller: Caller, encoding: str) -> dict[str, str]:
@@ -53,7 +58,7 @@ def test_a_bomb_is_never_inflated() -> None:
     bomb = zlib.compress(b"0" * (64 * MIB))
     tracemalloc.start()
     with pytest.raises(TooLarge):
-        decompress(bomb, "deflate", limit=MIB)
+        decompress(bomb, "deflate", unlimited(), limit=MIB)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 4 * MIB
@@ -61,11 +66,11 @@ def test_a_bomb_is_never_inflated() -> None:
 
 def test_the_limit_is_the_last_byte_that_is_taken() -> None:
     plain = b"0" * 1000
-    assert decompress(zlib.compress(plain), "deflate", limit=1000) == plain
+    assert decompress(zlib.compress(plain), "deflate", unlimited(), limit=1000) == plain
     with pytest.raises(TooLarge):
-        decompress(zlib.compress(plain), "deflate", limit=999)
+        decompress(zlib.compress(plain), "deflate", unlimited(), limit=999)
     with pytest.raises(MalformedRequest):
-        decompress(zlib.compress(plain)[:-1], "deflate", limit=1000)
+        decompress(zlib.compress(plain)[:-1], "deflate", unlimited(), limit=1000)
 
 
 def test_a_chunked_body_is_read_within_the_limit(caller: Caller) -> None:
@@ -122,7 +127,7 @@ def test_a_body_that_does_not_arrive_is_not_waited_for(caller: Caller, server: R
     head = f"POST {protocol.INFER_ROUTE} HTTP/1.1\r\nAuthorization: Bearer {caller.key}\r\nContent-Length: 1000"
     start = time.monotonic()
     answer = send(server, head, b"0" * 10)
-    assert answer.split(b" ", 2)[1] == b"400"
+    assert answer.split(b" ", 2)[1] == b"408"
     assert b"connection: close" in answer.lower()
     assert 1.5 < time.monotonic() - start < 8
     assert caller.budget()["spent"] == 0

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
-from oracle_support import Caller, Running, digits
+from pathlib import Path
+
+from oracle_support import Caller, Running, digits, refused, running
 from prometheus_client.parser import text_string_to_metric_families
 
+from oracle_server.settings import Settings
 from shared.wire import protocol
 
 
@@ -57,3 +60,20 @@ def test_a_scraper_may_ask_for_openmetrics(server: Running) -> None:
     answer = server.http.get(protocol.METRICS_ROUTE, headers={"Accept": "application/openmetrics-text; version=1.0.0"})
     assert answer.headers["content-type"].startswith("application/openmetrics-text")
     assert answer.text.endswith("# EOF\n")
+
+
+def test_with_keys_each_sees_its_own_series_and_nothing_else(tmp_path: Path) -> None:
+    with running(Settings(ledger=str(tmp_path / "ledger.db"), metrics_access="keyed")) as server:
+        caller, other = server.caller(), server.caller()
+        caller.infer(digits(3))
+        other.infer(digits(4))
+        refused(server.http.get(protocol.METRICS_ROUTE), 401, "unauthorized")
+        text = server.http.get(protocol.METRICS_ROUTE, headers=caller.headers).text
+        samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+        values = {sample.name: sample.value for sample in samples}
+        assert {"oracle_queries_total", "oracle_query_budget", "oracle_queries_remaining"} <= set(values)
+        assert all(sample.labels == {"client": caller.client.name} for sample in samples)
+        assert values["oracle_queries_total"] == 3
+        assert other.client.name not in text
+        server.ledger.revoke(caller.client.name)
+        refused(server.http.get(protocol.METRICS_ROUTE, headers=caller.headers), 403, "client-revoked")

@@ -39,7 +39,7 @@ def test_a_kill_loses_no_count(path: Path) -> None:
         logits_of(caller.infer(digits(7), Idempotency_Key="k"))
         child.send_signal(signal.SIGKILL)
         assert child.wait(10) == -signal.SIGKILL
-    assert ledger.verify() == []
+    assert ledger.verify().intact
     with process(path) as (child, url), httpx.Client(base_url=url) as http:
         caller = Caller(client, key.reveal(), http)
         assert queries_total(http, "a") == caller.budget()["spent"] == ledger.account(client.id).spent == 7
@@ -89,7 +89,7 @@ def test_sigterm_finishes_what_is_in_flight_and_exits_with_0(path: Path) -> None
             answer = pool.submit(caller.infer, digits(4096))
             deadline = time.monotonic() + 10
             with httpx.Client(base_url=url) as other:
-                while Caller(client, key.reveal(), other).budget()["spent"] < 4097:  # charged, so inside
+                while Caller(client, key.reveal(), other).budget()["held"] < 4096:  # reserved, so inside
                     assert time.monotonic() < deadline
             child.send_signal(signal.SIGTERM)
             assert not answer.done()

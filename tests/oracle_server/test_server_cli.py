@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from oracle_support import pay
 from typer.testing import CliRunner, Result
 
 from oracle_server.cli import app
@@ -17,6 +18,8 @@ from oracle_server.loading import load_classifier
 from oracle_server.server import listen
 from oracle_server.settings import Settings
 from oracle_server.weight_files import read_weights
+from shared.audit.export import examine
+from shared.audit.signatures import read_public_key
 from shared.version import VERSION
 
 
@@ -63,11 +66,13 @@ def test_a_key_file_is_for_its_owner_and_adding_again_may_be_fine() -> None:
 def test_verify_and_export_explain_the_ledger() -> None:
     run("clients", "add", "a", "--budget", "10")
     ledger = Ledger.open("oracle-ledger.db")
-    ledger.charge(ledger.get_client("a").id, 4, "k", "sha")
+    pay(ledger, ledger.get_client("a").id, 4, "k")
     ledger.close()
     assert "4 queries" in run("ledger", "verify").stdout
-    entries = [json.loads(line) for line in run("ledger", "export").stdout.splitlines()]
-    assert [(e["client"], e["kind"], e["rows"]) for e in entries] == [("a", "budget", 0), ("a", "charge", 4)]
+    exported = run("ledger", "export").stdout.encode().splitlines(keepends=True)
+    entries = [json.loads(line)["entry"] for line in exported[1:-1]]
+    assert [(e["kind"], e["rows"]) for e in entries] == [("client", 0), ("budget", 0), ("reserve", 4), ("charge", 4)]
+    assert examine(exported, read_public_key(run("ledger", "public-key").stdout)).findings == ()
     with sqlite3.connect("oracle-ledger.db") as connection:
         connection.execute("UPDATE clients SET spent = 3")
     assert "spent is 3 and its entries say 4" in run("ledger", "verify", code=1).stderr
