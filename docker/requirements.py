@@ -9,14 +9,15 @@ import sys
 import tomllib
 from pathlib import Path
 
-EXTRAS = ("server", "client")
+IMAGES = {"server": ("server", "postgres"), "client": ("client",)}  # image -> the extras it holds
 
 
 def main(pyproject: Path, out: Path) -> None:
-    """Write `common.txt`, and one `EXTRA.txt` for each of `EXTRAS`, into `out`."""
+    """Write `common.txt`, and one `IMAGE.txt` for each of `IMAGES`, into `out`."""
     project = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    for name, requirements in {"common": project["dependencies"], **{extra: extras[extra] for extra in EXTRAS}}.items():
+    images = {image: [line for extra in names for line in extras[extra]] for image, names in IMAGES.items()}
+    for name, requirements in {"common": project["dependencies"], **images}.items():
         (out / f"{name}.txt").write_text("".join(f"{line}\n" for line in requirements), encoding="utf-8")
 
 
