@@ -22,7 +22,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -30,6 +29,7 @@ from torch.utils.tensorboard import SummaryWriter
 from defender_client import checkpoints, noise_floor, zo
 from defender_client import stack as stacks
 from defender_client.appending import drop_lines_from
+from defender_client.black_box import BlackBox
 from defender_client.checkpoints import CHECKPOINT_FILE, CheckpointError, Progress
 from defender_client.config import RunConfig, TrainConfig
 from defender_client.data import Splits, augment, epoch_order, gaussian
@@ -100,6 +100,7 @@ class _Trainer:
     ) -> None:
         self._config, self._run, self._splits, self._oracle = config, run, splits, oracle
         self._stack, self._labels = stack, labels
+        self._black_box = BlackBox(stack, oracle, config.train.query_rows)
         self._generators = {
             name: torch.Generator().manual_seed(config.seed * 7 + offset)
             for offset, name in enumerate(("noise", "probes"), start=1)
@@ -173,26 +174,15 @@ class _Trainer:
         gradients, losses, hits = [], 0.0, 0
         for start in range(0, len(points), group):
             probes = self._estimator.ask(points[start : start + group])
-            n, p, d = probes.shape
-            targets = labels[start : start + group].repeat_interleave(p)
-            logits = self._query(probes.view(n * p, d), "train", f"train/{self._progress.step}/{start}")
+            logits = self._black_box.probed(probes, purpose="train", label=f"train/{self._progress.step}/{start}")
+            n, p, _ = logits.shape
+            logits, targets = logits.flatten(0, 1), labels[start : start + group].repeat_interleave(p)
             values = cross_entropy(logits, targets)
             gradients.append(self._estimator.tell(values.view(n, p)))
             losses += float(values.sum())
             hits += int((logits.argmax(1) == targets).sum())
         rows = len(points) * probes_each
         return torch.cat(gradients), losses / rows, hits / rows
-
-    def _query(self, points: Tensor, purpose: str, label: str) -> Tensor:
-        """Logits of f' at points [n, d]; n queries."""
-        # Decoded in pieces, so that memory is bounded by query_rows and not by the estimator's number of probes.
-        rows = self._config.train.query_rows
-        images = [self._stack.back(part).numpy() for part in points.split(rows)]
-        answers = [
-            self._oracle.query(part, purpose=purpose, label=f"{label}/{position}")
-            for position, part in enumerate(images)
-        ]
-        return torch.from_numpy(np.concatenate(answers))
 
     def _end_epoch(self, epoch: int, board: SummaryWriter) -> None:
         """Validate, keep the best stack, checkpoint."""
@@ -231,7 +221,7 @@ class _Trainer:
         for start in range(0, len(validation), self._config.train.batch):
             part = slice(start, start + self._config.train.batch)
             points = self._stack.front(gaussian(validation.floats(part), self._config.sigma, generator))
-            logits = self._query(points, "validation", f"validation/{epoch}/{start}")
+            logits = self._black_box.logits(points, purpose="validation", label=f"validation/{epoch}/{start}")
             targets = self._labels["validation"][part]
             losses += float(cross_entropy(logits, targets).sum())
             hits += int((logits.argmax(1) == targets).sum())

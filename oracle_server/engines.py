@@ -15,7 +15,13 @@ from oracle_server.weight_files import ModelError
 
 
 class Engine(Protocol):
-    """Images float32 [n, c, h, w] in [0, 1], on the CPU -> logits float32 [n, k], on the CPU; n >= 1."""
+    """Images float32 [n, c, h, w] in [0, 1], on the CPU -> logits float32 [n, k], on the CPU; n >= 1.
+
+    `block`: rows that it computes at once, at most; more are cut into so many.
+    """
+
+    @property
+    def block(self) -> int: ...
 
     def __call__(self, images: Tensor) -> Tensor: ...
 
@@ -27,11 +33,11 @@ class EagerEngine:
         # Convolutions run on channels-last memory 1.2 times faster here; the arithmetic is the same to 1e-5.
         self._module = module.to(device).to(memory_format=torch.channels_last)
         self._device = device
-        self._block = block
+        self.block = block
 
     def __call__(self, images: Tensor) -> Tensor:
         with torch.inference_mode():
-            return torch.cat([self._module(self._load(rows)).cpu() for rows in images.split(self._block)])
+            return torch.cat([self._module(self._load(rows)).cpu() for rows in images.split(self.block)])
 
     def _load(self, rows: Tensor) -> Tensor:
         return rows.to(self._device, memory_format=torch.channels_last)

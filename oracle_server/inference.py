@@ -17,8 +17,8 @@ from oracle_server.body import Buffer, decompress
 from oracle_server.book import Charge, Payment, Release, Reservation, Reserve
 from oracle_server.budget import HeldByOthers
 from oracle_server.ledger import Client
-from oracle_server.oracle import Float32
 from oracle_server.room import Share
+from oracle_server.rows import DenseRows, Float32, Rows
 from oracle_server.service import Service
 from shared.wire import codec, protocol
 from shared.wire.errors import InternalError, MalformedRequest
@@ -29,10 +29,10 @@ _WAIT_FOR_OTHERS_S, _FIRST_PAUSE_S, _LAST_PAUSE_S = 30.0, 0.01, 0.25
 
 @dataclass(frozen=True)
 class Prepared:
-    """A request that may be charged: `images` [n, c, h, w] passed every check; `sha256` is of the uncompressed body."""
+    """A request that may be charged: its rows passed every check; `sha256` is of the uncompressed body."""
 
     request: codec.InferRequest
-    images: Float32
+    rows: Rows
     sha256: str
 
 
@@ -62,7 +62,7 @@ def prepare(service: Service, body: Buffer, content_encoding: str, json_length: 
     if images.ndim:
         service.policy.check_rows(len(images))
     service.oracle.check(images)
-    return Prepared(request, images, hashlib.sha256(body).hexdigest())
+    return Prepared(request, DenseRows(images), hashlib.sha256(body).hexdigest())
 
 
 async def answer(service: Service, client: Client, idempotency_key: str | None, prepared: Prepared) -> Answer:
@@ -76,15 +76,15 @@ async def answer(service: Service, client: Client, idempotency_key: str | None, 
         InternalError: the answer failed; nothing was charged.
     """
     with service.gate.hold(client.id, idempotency_key):
-        rows = len(prepared.images)
+        rows = len(prepared.rows)
         reservation = await _reserve(service, Reserve(client.id, rows, idempotency_key, prepared.sha256))
         try:
             start = time.perf_counter()
-            logits = await service.on_engine(service.oracle, prepared.images)
+            logits = await service.on_engine(service.oracle, prepared.rows)
             service.metrics.inference.observe(time.perf_counter() - start)
-            scores = await service.policy.transform(logits, prepared.images, reservation.seq)
+            scores = await service.policy.transform(logits, prepared.rows, reservation.seq)
             service.policy.fail_by_chance()
-            encoded = _encode(prepared.request, scores)
+            encoded = _encode(prepared.request, prepared.rows.arrange(scores))
         except BaseException as error:
             # Not awaited where the server is being ended: the ledger finishes what is queued before it closes.
             released = service.ledger.submit(Release(reservation, "its answer failed"))

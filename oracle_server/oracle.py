@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from oracle_server.engines import Engine, build_engine
+from oracle_server.engines import build_engine
 from oracle_server.loading import Classifier, load_classifier
+from oracle_server.rows import Float32, Rows
 from oracle_server.settings import Settings
 from shared.wire.errors import MalformedRequest, UnacceptableValues
-
-Float32 = NDArray[np.float32]
 
 
 class Oracle:
@@ -22,11 +23,15 @@ class Oracle:
     Attributes:
         image_shape: (c, h, w) of the images it reads.
         classes: k, the number of logits.
+        block: rows that are made and computed at once, at most.
     """
 
-    def __init__(self, engine: Engine, image_shape: tuple[int, int, int], classes: int) -> None:
+    def __init__(
+        self, engine: Callable[[Tensor], Tensor], image_shape: tuple[int, int, int], classes: int, block: int = 256
+    ) -> None:
         self.image_shape = image_shape
         self.classes = classes
+        self.block = block
         self._engine = engine
 
     def check(self, images: NDArray[Any]) -> None:
@@ -49,8 +54,14 @@ class Oracle:
         if not (low >= 0.0 and high <= 1.0):
             raise _unacceptable(images)
 
-    def __call__(self, images: Float32) -> Float32:
-        """Logits float32 [n, k] of images that passed `check`."""
+    def __call__(self, rows: Rows) -> Float32:
+        """Logits float32 [n, k] of rows whose images pass `check`."""
+        starts = range(0, len(rows), self.block)
+        return np.concatenate(
+            [self._predict(rows.images(start, min(start + self.block, len(rows)))) for start in starts]
+        )
+
+    def _predict(self, images: Float32) -> Float32:
         # torch only reads, but warns of arrays that it could not write to, such as views of a request's bytes.
         writable = images if images.flags.writeable and images.flags.aligned else images.copy()
         logits: Float32 = self._engine(torch.from_numpy(writable)).numpy()
@@ -64,7 +75,8 @@ def build_oracle(settings: Settings) -> Oracle:
         ModelError: the classifier cannot be loaded, or the device is not there.
     """
     classifier: Classifier = load_classifier(settings)
-    return Oracle(build_engine(classifier, settings), classifier.image_shape, classifier.classes)
+    engine = build_engine(classifier, settings)
+    return Oracle(engine, classifier.image_shape, classifier.classes, engine.block)
 
 
 def _unacceptable(images: Float32) -> UnacceptableValues:

@@ -136,7 +136,7 @@ async def infer(request: Request, service: Parts, caller: Caller) -> Response:
         encoding = _only(request, "Content-Encoding") or ""
         body = await read_body(request, share, limit=settings.max_body_bytes, timeout=settings.body_timeout)
         prepared = await asyncio.to_thread(prepare, service, body, encoding, json_length, share)
-        await visit.admit(len(prepared.images))
+        await visit.admit(len(prepared.rows))
         answered = await answer(service, caller, idempotency_key, prepared)
     encoded, payment = answered.encoded, answered.payment
     answer_headers = {

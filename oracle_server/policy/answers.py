@@ -8,16 +8,14 @@ round  to so many decimals
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
 from oracle_server.policy import noise
 from oracle_server.policy.randomness import Randomness
 from oracle_server.policy.spec import AnswerSpec
+from oracle_server.rows import Float32, Rows
 
-Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 
 # How far below the smallest logit that is told the others are put. Minus infinity would say it more plainly, but JSON
@@ -37,8 +35,8 @@ class Answers:
         self._spec, self._randomness = spec, randomness
         self.changes = spec != AnswerSpec()
 
-    def transform(self, logits: Float32, images: NDArray[Any], seq: int) -> Float32:
-        """The answer [n, k] to images [n, ...] whose logits are [n, k] and whose charge has ledger number `seq`.
+    def transform(self, logits: Float32, rows: Rows, seq: int) -> Float32:
+        """The answer [n, k] to n rows whose logits are [n, k] and whose charge has ledger number `seq`.
 
         The same for the same arguments. Without anything to do these are the logits themselves, untouched. A row of
         logits that are not all finite is answered with NaN: a broken classifier is not to look like a sound one.
@@ -47,7 +45,7 @@ class Answers:
             return logits
         spec, z = self._spec, logits.astype(np.float64)
         if spec.noise is not None:
-            z += noise.draw(spec.noise, self._randomness, images, z.shape[1], seq)
+            z += noise.draw(spec.noise, self._randomness, rows, z.shape[1], seq)
         broken = ~np.isfinite(z).all(axis=1)
         z[broken] = 0.0
         told = _tell(spec, z)

@@ -7,25 +7,24 @@ else is in the batch.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
 from oracle_server.policy.randomness import Randomness
 from oracle_server.policy.spec import NoiseSpec
+from oracle_server.rows import Rows
 
 _BY_CHARGE, _BY_IMAGE = b"noise by charge", b"noise by image"
 
 
-def draw(spec: NoiseSpec, randomness: Randomness, images: NDArray[Any], classes: int, seq: int) -> NDArray[np.float64]:
-    """Noise [n, classes] ~ N(0, sigma^2) for images [n, ...] of the charge with ledger number `seq`."""
+def draw(spec: NoiseSpec, randomness: Randomness, rows: Rows, classes: int, seq: int) -> NDArray[np.float64]:
+    """Noise [n, classes] ~ N(0, sigma^2) for n rows of the charge with ledger number `seq`."""
     if spec.kind == "fresh":
-        standard = randomness.generator(_BY_CHARGE, seq.to_bytes(16, "little")).standard_normal((len(images), classes))
+        standard = randomness.generator(_BY_CHARGE, seq.to_bytes(16, "little")).standard_normal((len(rows), classes))
     else:
-        # -0.0 is the same pixel as 0.0, and must not have another noise: adding 0 makes it one.
-        rows = np.ascontiguousarray(images + np.float32(0), dtype="<f4")
         standard = np.empty((len(rows), classes))
-        for row, noise in zip(rows, standard, strict=True):
-            randomness.generator(_BY_IMAGE, row.tobytes()).standard_normal(out=noise)
+        for number, noise in enumerate(standard):
+            # -0.0 is the same pixel as 0.0, and must not have another noise: adding 0 makes it one.
+            image = (rows.images(number, number + 1) + np.float32(0)).astype("<f4")
+            randomness.generator(_BY_IMAGE, image.tobytes()).standard_normal(out=noise)
     return spec.sigma * standard

@@ -12,16 +12,15 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from numpy.typing import NDArray
-
 from oracle_server.policy import downtime
-from oracle_server.policy.answers import Answers, Float32
+from oracle_server.policy.answers import Answers
 from oracle_server.policy.failures import Failures
 from oracle_server.policy.fields import rate_limit_fields
 from oracle_server.policy.latency import Latency
 from oracle_server.policy.limits import RateLimits, largest_batch, quotas
 from oracle_server.policy.randomness import Randomness
 from oracle_server.policy.spec import PolicySpec
+from oracle_server.rows import Float32, Rows
 from shared.wire import protocol
 from shared.wire.errors import InternalError, OracleError, RateLimited, TooLarge, Unavailable
 
@@ -109,11 +108,11 @@ class Policy:
         if self._failures.internal():
             raise InternalError("the classifier failed on this batch; nothing was charged")
 
-    async def transform(self, logits: Float32, images: NDArray[Any], seq: int) -> Float32:
+    async def transform(self, logits: Float32, rows: Rows, seq: int) -> Float32:
         """What is answered: see `Answers.transform`. Done in a thread where there is something to do."""
         if not self._answers.changes:
             return logits
-        return await asyncio.to_thread(self._answers.transform, logits, images, seq)
+        return await asyncio.to_thread(self._answers.transform, logits, rows, seq)
 
 
 class Visit:

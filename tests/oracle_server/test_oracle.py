@@ -7,6 +7,7 @@ from oracle_support import digits
 
 from oracle_server.engines import EagerEngine
 from oracle_server.oracle import Oracle
+from oracle_server.rows import DenseRows
 from shared.wire.errors import MalformedRequest, UnacceptableValues
 
 
@@ -14,21 +15,21 @@ from shared.wire.errors import MalformedRequest, UnacceptableValues
 def oracle() -> Oracle:
     torch.manual_seed(0)
     module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3)).eval()
-    return Oracle(EagerEngine(module, torch.device("cpu"), 4), (1, 8, 8), 3)
+    return Oracle(EagerEngine(module, torch.device("cpu"), 4), (1, 8, 8), 3, block=4)
 
 
 def test_blocks_make_no_difference(oracle: Oracle) -> None:
     images = digits(11)
-    logits = oracle(images)
+    logits = oracle(DenseRows(images))
     assert logits.shape == (11, 3)
     assert logits.dtype == np.float32
-    np.testing.assert_allclose(logits, np.concatenate([oracle(row[None]) for row in images]), atol=1e-6)
+    np.testing.assert_allclose(logits, np.concatenate([oracle(DenseRows(row[None])) for row in images]), atol=1e-6)
 
 
 def test_views_of_read_only_unaligned_bytes_are_answered(oracle: Oracle) -> None:
     images = digits(2)
     view = np.frombuffer(b"x" + images.tobytes(), np.float32, offset=1).reshape(images.shape)
-    np.testing.assert_array_equal(oracle(view), oracle(images))
+    np.testing.assert_array_equal(oracle(DenseRows(view)), oracle(DenseRows(images)))
 
 
 @pytest.mark.parametrize(

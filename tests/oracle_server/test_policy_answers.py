@@ -14,6 +14,7 @@ from scipy import special, stats
 from oracle_server.policy.answers import TOP_K_GAP, Answers
 from oracle_server.policy.randomness import Randomness
 from oracle_server.policy.spec import AnswerSpec, NoiseSpec
+from oracle_server.rows import DenseRows
 
 SEED = Randomness.of(7)
 RNG = np.random.default_rng(3)
@@ -24,7 +25,7 @@ IMAGES = RNG.random((64, 1, 8, 8), dtype=np.float32)
 def tell(
     spec: AnswerSpec, logits: Any = LOGITS, images: Any = IMAGES, seq: int = 5, randomness: Randomness = SEED
 ) -> np.ndarray:
-    told = Answers(spec, randomness).transform(logits, images, seq)
+    told = Answers(spec, randomness).transform(logits, DenseRows(images), seq)
     assert told.dtype == np.float32
     assert told.shape == logits.shape
     return told
@@ -43,8 +44,8 @@ def deterministic(sigma: float = 1.0, **rest: Any) -> AnswerSpec:
 
 def test_nothing_to_do_is_nothing_done() -> None:
     odd = np.array([[np.nan, -0.0, np.inf]], np.float32)
-    assert Answers(AnswerSpec(), SEED).transform(odd, IMAGES[:1], 5) is odd
-    assert Answers(AnswerSpec(scores="logits", temperature=1.0), SEED).transform(odd, IMAGES[:1], 5) is odd
+    assert Answers(AnswerSpec(), SEED).transform(odd, DenseRows(IMAGES[:1]), 5) is odd
+    assert Answers(AnswerSpec(scores="logits", temperature=1.0), SEED).transform(odd, DenseRows(IMAGES[:1]), 5) is odd
 
 
 @pytest.mark.parametrize("temperature", [0.001, 0.5, 1.0, 3.0, 1000.0])
