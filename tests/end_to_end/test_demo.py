@@ -52,4 +52,4 @@ def test_the_demo_defends_audits_reports_and_resumes(tmp_path: Path) -> None:
         database.execute("update entries set rows = rows + 1 where seq = ?", (last,))
     tampered = run_demo(out, RESUMED)
     assert tampered.returncode == 1
-    assert f"the ledger says {spent + 1:,}" in " ".join(tampered.stderr.split())
+    assert f"ledger says {spent + 1:,}" in " ".join(tampered.stderr.split())
