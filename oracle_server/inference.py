@@ -13,15 +13,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from oracle_server.asked import Decoder, read_rows
 from oracle_server.body import Buffer, decompress
 from oracle_server.book import Charge, Payment, Release, Reservation, Reserve
 from oracle_server.budget import HeldByOthers
 from oracle_server.ledger import Client
 from oracle_server.room import Share
-from oracle_server.rows import DenseRows, Float32, Rows
+from oracle_server.rows import Float32, Rows
 from oracle_server.service import Service
 from shared.wire import codec, protocol
-from shared.wire.errors import InternalError, MalformedRequest
+from shared.wire.errors import InternalError, MalformedRequest, NotFound
 
 log = logging.getLogger(__name__)
 _WAIT_FOR_OTHERS_S, _FIRST_PAUSE_S, _LAST_PAUSE_S = 30.0, 0.01, 0.25
@@ -52,17 +53,10 @@ def prepare(service: Service, body: Buffer, content_encoding: str, json_length: 
     """
     body = decompress(body, content_encoding, share, limit=service.settings.max_body_bytes)
     request = codec.decode_request(body, json_length)
-    if set(request.inputs) != {protocol.INPUT_NAME}:
-        raise MalformedRequest(f"the one input is '{protocol.INPUT_NAME}', not {', '.join(sorted(request.inputs))}")
     if set(request.outputs) - {protocol.OUTPUT_NAME}:
         raise MalformedRequest(f"the one output is '{protocol.OUTPUT_NAME}', not {', '.join(sorted(request.outputs))}")
-    if request.datatypes[protocol.INPUT_NAME] != "FP32":
-        raise MalformedRequest(f"images are {request.datatypes[protocol.INPUT_NAME]}: send datatype FP32")
-    images = request.inputs[protocol.INPUT_NAME]
-    if images.ndim:
-        service.policy.check_rows(len(images))
-    service.oracle.check(images)
-    return Prepared(request, DenseRows(images), hashlib.sha256(body).hexdigest())
+    rows = read_rows(request, service.oracle, service.policy.check_rows, _no_decoders)
+    return Prepared(request, rows, hashlib.sha256(body).hexdigest())
 
 
 async def answer(service: Service, client: Client, idempotency_key: str | None, prepared: Prepared) -> Answer:
@@ -118,6 +112,10 @@ async def _charge(service: Service, reservation: Reservation) -> Payment:
     # Shielded: a charge that is queued is paid, and whoever waits for the queue to end finds it so.
     payment: Payment = await asyncio.shield(asyncio.wrap_future(service.ledger.submit(Charge(reservation))))
     return payment
+
+
+def _no_decoders(name: str) -> Decoder:
+    raise NotFound(f"there is no decoder '{name}'")
 
 
 def _encode(request: codec.InferRequest, logits: Float32) -> codec.Encoded:

@@ -114,7 +114,11 @@ async def model_metadata(service: Parts) -> protocol.ModelMetadata:
         platform="opaque",
         inputs=(protocol.TensorMetadata(name=protocol.INPUT_NAME, datatype="FP32", shape=(-1, *oracle.image_shape)),),
         outputs=(protocol.TensorMetadata(name=protocol.OUTPUT_NAME, datatype="FP32", shape=(-1, oracle.classes)),),
-        parameters={**service.policy.announced(), "max_body_bytes": settings.max_body_bytes},
+        parameters={
+            **service.policy.announced(),
+            "max_body_bytes": settings.max_body_bytes,
+            protocol.FACTORED_PARAMETER: True,
+        },
     )
 
 

@@ -15,6 +15,7 @@ MODEL_NAME: Final = "classifier"
 MODEL_VERSION: Final = "1"
 INPUT_NAME: Final = "images"
 OUTPUT_NAME: Final = "logits"
+LATENTS_NAME: Final = "latents"  # an input instead of images, of a registered decoder
 BINARY_EXTENSION: Final = "binary_tensor_data"
 
 # Header names. HTTP compares them without regard to case.
@@ -38,6 +39,11 @@ METADATA_ROUTE: Final = f"/v2/models/{MODEL_NAME}"
 # Parameters in the model's metadata: most rows of a batch; what an answer holds where it is not logits.
 MAX_BATCH_ROWS_PARAMETER: Final = "max_batch_rows"
 SCORES_PARAMETER: Final = "scores"
+
+FACTORED_PARAMETER: Final = "factored"  # true where factored query batches are read
+# Parameters of a request: which decoder its points are latents of; whether pixels are clamped to [0, 1].
+DECODER_PARAMETER: Final = "decoder"
+CLAMP_PARAMETER: Final = "clamp"
 
 MAX_IDEMPOTENCY_KEY: Final = 255
 CHARGES_PAGE: Final = 1000
