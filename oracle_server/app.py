@@ -10,7 +10,8 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 from starlette.middleware import Middleware
 
-from oracle_server import routes_dashboard
+from oracle_server import routes_dashboard, routes_decoders
+from oracle_server.decoders import Decoders
 from oracle_server.documentation import ANYWHERE, DESCRIPTION, TITLE, openapi
 from oracle_server.draining import DrainMiddleware
 from oracle_server.guard import GuardMiddleware
@@ -55,7 +56,8 @@ def create_app(settings: Settings, oracle: Oracle | None = None) -> FastAPI:
         log.warning("ledger: released %d reservations that a server before this one left open", released)
     watch = Watch(ledger)
     room = BodyRoom(settings.max_bodies_bytes)
-    service = Service(settings, oracle, ledger, Metrics(ledger, watch), policy, watch, room)
+    decoders = Decoders(settings, oracle.image_shape)
+    service = Service(settings, oracle, ledger, Metrics(ledger, watch), policy, watch, room, decoders)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -85,6 +87,7 @@ def create_app(settings: Settings, oracle: Oracle | None = None) -> FastAPI:
     add_problem_handlers(app)
     app.include_router(router)
     app.include_router(routes_dashboard.router)
+    app.include_router(routes_decoders.router)
     document = openapi(app)
     app.openapi = lambda: document  # type: ignore[method-assign]  # FastAPI's way of changing it
     return app

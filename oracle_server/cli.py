@@ -127,6 +127,22 @@ def serve(
     header_timeout: Annotated[float | None, typer.Option(help="Seconds for a head to arrive. [default: 30]")] = None,
     body_timeout: Annotated[float | None, typer.Option(help="Seconds for a body to arrive. [default: 60]")] = None,
     drain_timeout: Annotated[float | None, typer.Option(help="Seconds to finish after SIGTERM. [default: 30]")] = None,
+    allow_decoders: Annotated[
+        bool | None, typer.Option("--allow-decoders", help="Let clients register decoders and query in their latents.")
+    ] = None,
+    max_decoder_bytes: Annotated[int | None, typer.Option(help="Most bytes of a decoder. [default: 32 MiB]")] = None,
+    max_decoder_layers: Annotated[int | None, typer.Option(help="Most layers of a decoder. [default: 64]")] = None,
+    max_decoder_activations: Annotated[
+        int | None, typer.Option(help="Most elements in memory at once for one row. [default: 4,194,304]")
+    ] = None,
+    max_decoder_multiply_adds: Annotated[
+        int | None, typer.Option(help="Most multiply-adds of one row. [default: 536,870,912]")
+    ] = None,
+    max_client_decoders: Annotated[int | None, typer.Option(help="Most decoders of a client. [default: 4]")] = None,
+    max_decoders: Annotated[int | None, typer.Option(help="Most decoders of all clients. [default: 64]")] = None,
+    max_decoders_bytes: Annotated[
+        int | None, typer.Option(help="Most bytes of all decoders' weights. [default: 256 MiB]")
+    ] = None,
     policy: Annotated[Path | None, typer.Option(help="TOML file: noise, rounding, limits, failures...")] = None,
     tls_cert: Annotated[Path | None, typer.Option(help="PEM certificate (chain): serve https.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="PEM private key of the certificate.")] = None,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from oracle_server.asked import Decoder, read_rows
+from oracle_server.asked import read_rows
 from oracle_server.body import Buffer, decompress
 from oracle_server.book import Charge, Payment, Release, Reservation, Reserve
 from oracle_server.budget import HeldByOthers
@@ -22,7 +22,7 @@ from oracle_server.room import Share
 from oracle_server.rows import Float32, Rows
 from oracle_server.service import Service
 from shared.wire import codec, protocol
-from shared.wire.errors import InternalError, MalformedRequest, NotFound
+from shared.wire.errors import InternalError, MalformedRequest, OracleError
 
 log = logging.getLogger(__name__)
 _WAIT_FOR_OTHERS_S, _FIRST_PAUSE_S, _LAST_PAUSE_S = 30.0, 0.01, 0.25
@@ -45,17 +45,22 @@ class Answer:
     payment: Payment
 
 
-def prepare(service: Service, body: Buffer, content_encoding: str, json_length: int | None, share: Share) -> Prepared:
+def prepare(
+    service: Service, client_id: int, body: Buffer, content_encoding: str, json_length: int | None, share: Share
+) -> Prepared:
     """Read and check a request. It is the caller's to run this off the event loop.
 
     Raises:
-        MalformedRequest, TooLarge, UnacceptableValues, Unavailable: as their names say; nothing was charged.
+        MalformedRequest, TooLarge, UnacceptableValues, Unavailable, DecoderUnknown: as their names say; nothing was
+            charged.
     """
     body = decompress(body, content_encoding, share, limit=service.settings.max_body_bytes)
     request = codec.decode_request(body, json_length)
     if set(request.outputs) - {protocol.OUTPUT_NAME}:
         raise MalformedRequest(f"the one output is '{protocol.OUTPUT_NAME}', not {', '.join(sorted(request.outputs))}")
-    rows = read_rows(request, service.oracle, service.policy.check_rows, _no_decoders)
+    rows = read_rows(
+        request, service.oracle, service.policy.check_rows, lambda name: service.decoders.get(client_id, name)
+    )
     return Prepared(request, rows, hashlib.sha256(body).hexdigest())
 
 
@@ -67,6 +72,7 @@ async def answer(service: Service, client: Client, idempotency_key: str | None, 
     Raises:
         RequestInFlight: the same client's same key is being answered.
         BudgetExhausted, ClientRevoked, IdempotencyConflict, Unavailable: nothing was charged.
+        UnacceptableValues: a row turned out to be unacceptable when it was made; nothing was charged.
         InternalError: the answer failed; nothing was charged.
     """
     with service.gate.hold(client.id, idempotency_key):
@@ -85,7 +91,7 @@ async def answer(service: Service, client: Client, idempotency_key: str | None, 
             if not isinstance(error, Exception):
                 raise
             await asyncio.wrap_future(released)
-            if isinstance(error, InternalError):
+            if isinstance(error, OracleError):
                 raise
             log.exception("inference of %d rows failed; nothing was charged", rows)
             raise InternalError("the classifier failed on this batch; nothing was charged") from error
@@ -112,10 +118,6 @@ async def _charge(service: Service, reservation: Reservation) -> Payment:
     # Shielded: a charge that is queued is paid, and whoever waits for the queue to end finds it so.
     payment: Payment = await asyncio.shield(asyncio.wrap_future(service.ledger.submit(Charge(reservation))))
     return payment
-
-
-def _no_decoders(name: str) -> Decoder:
-    raise NotFound(f"there is no decoder '{name}'")
 
 
 def _encode(request: codec.InferRequest, logits: Float32) -> codec.Encoded:

@@ -39,7 +39,7 @@ Parts = Annotated[Service, Depends(get_service)]
 
 async def find_caller(service: Service, request: Request) -> Client:
     """The client whose key the request carries."""
-    client = await service.on_ledger(authenticate, _only(request, "Authorization"), service.ledger)
+    client = await service.on_ledger(authenticate, only(request, "Authorization"), service.ledger)
     setattr(request.state, CALLER, client.name)
     return client
 
@@ -116,6 +116,7 @@ async def model_metadata(service: Parts) -> protocol.ModelMetadata:
         outputs=(protocol.TensorMetadata(name=protocol.OUTPUT_NAME, datatype="FP32", shape=(-1, oracle.classes)),),
         parameters={
             **service.policy.announced(),
+            **service.decoders.announced(),
             "max_body_bytes": settings.max_body_bytes,
             protocol.FACTORED_PARAMETER: True,
         },
@@ -135,11 +136,11 @@ async def model_ready(service: Parts) -> dict[str, bool]:
 async def infer(request: Request, service: Parts, caller: Caller) -> Response:
     with service.policy.visit(caller.id) as visit, service.gate.enter(), service.room.share() as share:
         settings = service.settings
-        idempotency_key = _idempotency_key(_only(request, protocol.IDEMPOTENCY_KEY_HEADER))
-        json_length = _json_length(_only(request, protocol.JSON_LENGTH_HEADER))
-        encoding = _only(request, "Content-Encoding") or ""
+        idempotency_key = _idempotency_key(only(request, protocol.IDEMPOTENCY_KEY_HEADER))
+        json_length = _json_length(only(request, protocol.JSON_LENGTH_HEADER))
+        encoding = only(request, "Content-Encoding") or ""
         body = await read_body(request, share, limit=settings.max_body_bytes, timeout=settings.body_timeout)
-        prepared = await asyncio.to_thread(prepare, service, body, encoding, json_length, share)
+        prepared = await asyncio.to_thread(prepare, service, caller.id, body, encoding, json_length, share)
         await visit.admit(len(prepared.rows))
         answered = await answer(service, caller, idempotency_key, prepared)
     encoded, payment = answered.encoded, answered.payment
@@ -233,7 +234,7 @@ async def docs(request: Request) -> Response:
     return docs_page(request.app.openapi())
 
 
-def _only(request: Request, name: str) -> str | None:
+def only(request: Request, name: str) -> str | None:
     """A header that may be sent once, so that nobody between here and the sender reads another one than we do."""
     values = request.headers.getlist(name)
     if len(values) > 1:

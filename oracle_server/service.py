@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from oracle_server.clock import utc_now
 from oracle_server.cost_cache import CostCache
 from oracle_server.dashboard import Spending
+from oracle_server.decoders import Decoders
 from oracle_server.gate import Gate
 from oracle_server.ledger import Ledger
 from oracle_server.metrics import Metrics
@@ -29,10 +30,12 @@ class Service:
     policy: Policy
     watch: Watch
     room: BodyRoom
+    decoders: Decoders
     gate: Gate = field(default_factory=Gate)
     on_engine: Worker = field(default_factory=lambda: Worker("engine"))
     on_ledger: Worker = field(default_factory=lambda: Worker("ledger"))
     on_dashboard: Worker = field(default_factory=lambda: Worker("dashboard"))
+    on_decoders: Worker = field(default_factory=lambda: Worker("decoders"))  # reads and builds them
     spending: CostCache[Spending] = field(default_factory=CostCache)  # touched on `on_dashboard` only
     started_at: str = field(default_factory=utc_now)
 
@@ -40,6 +43,7 @@ class Service:
         """Finish what was begun, then close the ledger."""
         self.watch.close()
         self.on_dashboard.close()
+        self.on_decoders.close()
         self.on_engine.close()
         self.on_ledger.close()
         self.ledger.close()

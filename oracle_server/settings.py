@@ -57,6 +57,16 @@ class Settings(BaseSettings):
     body_timeout: PositiveFloat = 60.0  # seconds for a whole body to arrive
     drain_timeout: PositiveFloat = 30.0  # seconds for requests in flight to finish after SIGTERM
 
+    # Decoders that clients register: see docs/decoders.md. Rows are of one latent
+    allow_decoders: bool = False
+    max_decoder_bytes: PositiveInt = 32 * MIB
+    max_decoder_layers: PositiveInt = 64
+    max_decoder_activations: PositiveInt = 4 * MIB  # elements of a row in memory at once
+    max_decoder_multiply_adds: PositiveInt = 512 * MIB  # of a row
+    max_client_decoders: PositiveInt = 4
+    max_decoders: PositiveInt = 64  # of all clients together
+    max_decoders_bytes: PositiveInt = 256 * MIB
+
     # What a real service does: see docs/policy.md
     policy: Path | None = None
 

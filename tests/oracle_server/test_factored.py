@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
+import torch
 import tritonclient.http as triton
 from oracle_support import Caller, Running, digits, logits_of, refused, running
 
+from oracle_server.decoders import Decoder
 from oracle_server.factored import DecodedRows, Given, Part
 from oracle_server.settings import Settings
+from shared.models.autoencoder import Autoencoder, pyramid
+from shared.models.decoder import decoder_of, read, write
 from shared.wire import codec, protocol
 from shared.wire.errors import UnacceptableValues
 from shared.wire.probes import Along, Coordinates, Difference, Directions, Probes, Seeds
@@ -162,6 +167,71 @@ def test_deterministic_noise_is_that_of_the_image(tmp_path: Path) -> None:
         images = asked.expand(0, len(asked)).reshape(-1, 1, 8, 8)
         logits = logits_of(ask(caller, asked)).reshape(-1, 10)
         np.testing.assert_array_equal(logits, logits_of(caller.infer(images)))
+
+
+# --- latents of a decoder ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def decoding(tmp_path: Path) -> Iterator[Running]:
+    with running(Settings(ledger=str(tmp_path / "ledger.db"), allow_decoders=True)) as server:
+        yield server
+
+
+def register(caller: Caller, scale: float = 1.0) -> tuple[str, Decoder]:
+    """A decoder of latents of 12 values, registered; and a copy of it."""
+    torch.manual_seed(3)
+    spec, state = decoder_of(Autoencoder(pyramid((1, 8, 8), 12, 8)))
+    content = write(spec, {name: scale * tensor for name, tensor in state.items()})
+    answer = caller.http.post(protocol.DECODERS_ROUTE, content=content, headers=caller.headers)
+    return answer.json()["decoder"], Decoder(*read(content))
+
+
+@pytest.mark.parametrize("difference", ["forward", "central"])
+def test_probes_of_latents_are_answered_as_the_images_they_decode_to(decoding: Running, difference: Difference) -> None:
+    caller = decoding.caller()
+    name, decoder = register(caller)
+    latents = RNG.random((N, 12), dtype=np.float32)
+    asked = Probes(latents, np.full(12, 0.005, np.float32), Coordinates(np.arange(12)), difference)
+    answer = ask(caller, asked, decoder=name)
+    assert int(answer.headers[protocol.QUERY_CHARGE_HEADER]) == len(asked)
+    images = decoder(asked.expand(0, len(asked)))
+    np.testing.assert_array_equal(logits_of(answer).reshape(-1, 10), logits_of(caller.infer(images)))
+    assert caller.budget()["spent"] == 2 * len(asked)
+
+
+def test_latents_are_answered_as_the_images_they_decode_to(decoding: Running) -> None:
+    caller = decoding.caller()
+    name, decoder = register(caller)
+    latents = RNG.random((7, 12), dtype=np.float32)
+    answer = caller.post(codec.encode_request({"latents": latents}, parameters={"decoder": name}))
+    np.testing.assert_array_equal(logits_of(answer), logits_of(caller.infer(decoder(latents))))
+
+
+def test_a_decoder_that_is_not_there_is_said_so(decoding: Running, tmp_path: Path) -> None:
+    asked = Probes(np.zeros((1, 12), np.float32), STEPS, Seeds(np.array([1], np.uint64)), "forward")
+    mine, other = decoding.caller(), decoding.caller()
+    name, _ = register(mine)
+    refused(ask(other, asked, decoder=name), 404, "decoder-unknown")
+    with running(Settings(ledger=str(tmp_path / "other.db"))) as without:
+        caller = without.caller()
+        refused(ask(caller, asked, decoder=name), 403, "decoders-not-allowed")
+        assert caller.budget()["spent"] == 0
+    refused(ask(mine, asked, decoder=name, clamp=True), 400, "malformed-request")
+    for latents in (np.zeros((1, 13), np.float32), np.zeros((0, 12), np.float32), np.zeros(12, np.float32)):
+        request = codec.encode_request({"latents": latents}, parameters={"decoder": name})
+        refused(mine.post(request), 400, "malformed-request")
+    assert (mine.budget()["spent"], other.budget()["spent"]) == (0, 0)
+
+
+def test_latents_that_decode_to_no_number_are_refused_and_free(decoding: Running) -> None:
+    caller = decoding.caller()
+    name, _ = register(caller, scale=1e20)
+    latents = np.full((2, 12), 3e38, np.float32)
+    request = codec.encode_request({"latents": latents}, parameters={"decoder": name})
+    refused(caller.post(request), 422, "unacceptable-values")
+    account = caller.budget()
+    assert (account["spent"], account["held"]) == (0, 0)
 
 
 def test_decoded_rows_are_found_out_when_they_are_made() -> None:
