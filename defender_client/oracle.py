@@ -22,6 +22,10 @@ _TINY = np.finfo(np.float32).tiny
 _Count = Annotated[PositiveInt, Strict()]
 
 
+class WaitGivenUp(Exception):
+    """A request was not made, or not again, because it would have had to wait: see `Oracle.stop_waiting`."""
+
+
 class OracleInfo(BaseModel):
     """What the oracle says of itself.
 
@@ -50,7 +54,10 @@ class OracleInfo(BaseModel):
 
 
 class Oracle(Protocol):
-    """A classifier that may only be asked: what training, certification and the plan use of it."""
+    """A classifier that may only be asked: what training, certification and the plan use of it.
+
+    `query` may be called by several threads at once; what an answer is and costs does not depend on their order.
+    """
 
     @property
     def info(self) -> OracleInfo:
@@ -77,6 +84,10 @@ class Oracle(Protocol):
             purpose: what the queries are for (`labels`, `train`, `certify`, ...); kept in the log.
             label: names this batch within the run.
         """
+
+    def stop_waiting(self) -> None:
+        """From now on no request waits for long, for the server's limits or for a connection; those that wait, or would
+        have to, raise `WaitGivenUp`. May be called by a signal's handler."""
 
     def budget(self) -> protocol.BudgetStatement | None:
         """The caller's account; None where none is kept."""

@@ -6,6 +6,7 @@ when they were bought, whatever the limits were then: the recording says how man
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import NoReturn
 
@@ -30,8 +31,13 @@ class Replay:
 
     def __init__(self, recording: Recording, log: QueryLog) -> None:
         self._recording, self.log = recording, log
-        # A replay that was killed goes on where it was.
-        self._cost = next((answer.cost for answer in reversed(log.replays.values())), 0)
+        self._lock = threading.Lock()
+        # By purpose: the largest cost of its answers so far. Those of one step came in an order of their own, and the
+        # run had paid for the step when it had the last of them.
+        self._costs: dict[str, int] = {}
+        self._cost = 0
+        for answer in log.replays.values():  # a replay that was killed goes on where it was
+            self._pay(answer)
 
     @property
     def info(self) -> OracleInfo:
@@ -44,8 +50,11 @@ class Replay:
 
     @property
     def cost(self) -> int:
-        """What the recorded run had paid when it got the last answer."""
+        """What the recorded run had paid when it had all the answers that this one got for its last purpose."""
         return self._cost
+
+    def stop_waiting(self) -> None:
+        """A recording never waits."""
 
     def query(self, images: NDArray[np.float32], *, purpose: str, label: str) -> NDArray[np.float32]:
         """Logits of a batch, as they were answered when it was recorded; arguments as `Oracle.query`.
@@ -59,10 +68,15 @@ class Replay:
         while not parts or start < len(images):
             answer = self._find(images[start:], f"{label}/{start}")
             parts.append(answer.oracle.logits(self._recording.read(answer)))
-            self._cost = answer.cost
-            self.log.replayed(ReplayedAnswer(str(answer.key), purpose, answer.rows, answer.cost))
+            replayed = ReplayedAnswer(str(answer.key), purpose, answer.rows, answer.cost)
+            with self._lock:
+                self._pay(replayed)
+                self.log.replayed(replayed)
             start += answer.rows
         return np.concatenate(parts)
+
+    def _pay(self, answer: ReplayedAnswer) -> None:
+        self._cost = self._costs[answer.purpose] = max(answer.cost, self._costs.get(answer.purpose, 0))
 
     def _find(self, images: NDArray[np.float32], label: str) -> RecordedAnswer:
         """The newest answer under `label` to the first of these images, however many it took."""

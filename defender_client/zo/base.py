@@ -4,15 +4,17 @@
     losses = ...                           # [b, p], by whatever means the caller has
     gradient = estimator.tell(losses)      # [b, d]
 
-An `ask` that is never answered (the oracle refused, say) is forgotten at the next `ask`.
+An `ask` that is never answered (the oracle refused, say) is forgotten at the next `ask`. Several questions are open at
+once by as many `fork`s.
 """
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from math import isfinite
-from typing import Literal, get_args
+from typing import Literal, Self, get_args
 
 import torch
 from torch import Tensor
@@ -81,6 +83,12 @@ class Estimator(ABC):
 
     def __repr__(self) -> str:
         return f"{self.description}"
+
+    def fork(self) -> Self:
+        """This estimator with no question open: same settings, and the same generator, drawn from in turn."""
+        other = copy.copy(self)
+        other._asked = None
+        return other
 
     @abstractmethod
     def _directions_per_sample(self, dimension: int) -> int:
