@@ -1,8 +1,8 @@
 """What is asked of an oracle, in one of the forms that an Open Inference Protocol request can have.
 
-    Images     the rows themselves: any server of the protocol takes them
-    Latents    points of a decoder that the server merged into its classifier
-    Factored   probes around base points, of pixels or latents, as what they are made of
+Images     the rows themselves: any server of the protocol takes them
+Latents    points of a decoder that the server merged into its classifier
+Factored   probes around base points, of pixels or latents, as what they are made of
 """
 
 from __future__ import annotations

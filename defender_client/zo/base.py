@@ -6,15 +6,17 @@
 
 `ask_factored` asks the same as what it is made of, `shared.wire.probes.Probes`, which is small enough to be sent.
 
-An `ask` that is never answered (the oracle refused, say) is forgotten at the next `ask`.
+An `ask` that is never answered (the oracle refused, say) is forgotten at the next `ask`. Several questions are open at
+once by as many `fork`s.
 """
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from math import isfinite
-from typing import Literal, get_args
+from typing import Literal, Self, get_args
 
 import numpy as np
 import torch
@@ -86,6 +88,12 @@ class Estimator(ABC):
 
     def __repr__(self) -> str:
         return f"{self.description}"
+
+    def fork(self) -> Self:
+        """This estimator with no question open: same settings, and the same generator, drawn from in turn."""
+        other = copy.copy(self)
+        other._asked = None
+        return other
 
     @abstractmethod
     def _directions_per_sample(self, dimension: int) -> int:

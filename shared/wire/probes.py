@@ -222,7 +222,9 @@ class Probes:
 
     def inputs(self) -> dict[str, NDArray[Any]]:
         """Its tensors, by their names on the wire."""
-        return {BASE: self.base, STEPS: self.steps, **self.along.inputs()}
+        # One step for all, repeated, is one step on the wire, where something else says how many directions there are.
+        same = self.steps.strides == (0,) and self.along.q > 1
+        return {BASE: self.base, STEPS: self.steps[:1] if same else self.steps, **self.along.inputs()}
 
 
 def read(
