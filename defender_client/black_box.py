@@ -13,7 +13,7 @@ The rows that are paid for are the same. What is decoded there may differ from w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from defender_client.config import ConfigError, Form
-from defender_client.oracle import Oracle
-from defender_client.questions import Factored, Images, Latents, Question
-from defender_client.stack import Stack
+from defender_client.oracle import Oracle, OracleInfo
+from defender_client.questions import Factored, Images, Latents
+from defender_client.stack import Stack, StackSpec
 from shared.models.decoder import DecoderError, decoder_of, write
 from shared.wire.probes import Probes
 
@@ -49,59 +49,60 @@ class BlackBox:
 
     def __init__(self, stack: Stack, oracle: Oracle, query_rows: int, form: Form = "auto") -> None:
         self._stack, self._oracle, self._query_rows = stack, oracle, query_rows
-        self._decoder = _merged(stack, oracle) if form in ("auto", "merged") else None
-        self.form: Settled = "images"
-        if self._decoder is not None:
-            self.form = "merged"
-        elif form in ("auto", "factored") and stack.autoencoder is None and oracle.info.factored:
-            self.form = "factored"
-        if form not in ("auto", self.form):
+        self.form = best_form(stack.spec, oracle.info) if form == "auto" else form
+        self._decoder = _merged(stack, oracle) if self.form == "merged" else None
+        if form == "auto" and self.form == "merged" and self._decoder is None:
+            self.form = "images"
+        possible = {"merged": self._decoder is not None, "factored": best_form(stack.spec, oracle.info) == "factored"}
+        if not possible.get(self.form, True):
             raise ConfigError(f"query_form={form}: {_WHY_NOT[form]}; query_form=auto takes the best form that there is")
 
     @torch.no_grad()
     def logits(self, points: Tensor, *, purpose: str, label: str) -> Tensor:
         """Logits [n, k] of f' at points [n, d]; n queries."""
-        return self._answers(self._questions(points), purpose, label)
+        if self._decoder is not None:
+            asked = Latents(points.numpy(), self._decoder)
+            return torch.from_numpy(self._oracle.ask(asked, purpose=purpose, label=label))
+        return self._in_pieces(len(points), lambda start, stop: points[start:stop], purpose, label)
 
     @torch.no_grad()
     def probed(self, probes: Probes, *, purpose: str, label: str) -> Tensor:
         """Logits [n, p, k] of f' at an estimator's probes; n p queries."""
-        questions = self._images_of(probes) if self.form == "images" else [Factored(probes, self._decoder)]
-        return self._answers(questions, purpose, label).view(probes.n, probes.p, -1)
+        if self.form == "images":
+            logits = self._in_pieces(len(probes), lambda a, b: torch.from_numpy(probes.expand(a, b)), purpose, label)
+        else:
+            logits = torch.from_numpy(self._oracle.ask(Factored(probes, self._decoder), purpose=purpose, label=label))
+        return logits.view(probes.n, probes.p, -1)
 
-    def _answers(self, questions: Iterable[Question], purpose: str, label: str) -> Tensor:
-        answers = [
-            self._oracle.ask(question, purpose=purpose, label=f"{label}/{position}")
-            for position, question in enumerate(questions)
-        ]
+    def _in_pieces(self, count: int, points: Callable[[int, int], Tensor], purpose: str, label: str) -> Tensor:
+        """Logits [count, k] of points that are made, decoded and asked about in pieces, so that memory is bounded by
+        query_rows and not by their number."""
+        answers = []
+        for start in range(0, count, self._query_rows):
+            images = Images(self._stack.back(points(start, min(start + self._query_rows, count))).numpy())
+            piece = label if count <= self._query_rows else f"{label}/{start // self._query_rows}"
+            answers.append(self._oracle.ask(images, purpose=purpose, label=piece))
         return torch.from_numpy(answers[0] if len(answers) == 1 else np.concatenate(answers))
 
-    def _questions(self, points: Tensor) -> Iterator[Question]:
-        if self._decoder is not None:
-            yield Latents(points.numpy(), self._decoder)
-            return
-        for part in points.split(self._query_rows):
-            yield self._images(part)
 
-    def _images_of(self, probes: Probes) -> Iterator[Question]:
-        # In pieces, so that memory is bounded by query_rows and not by the number of probes.
-        for start in range(0, len(probes), self._query_rows):
-            yield self._images(torch.from_numpy(probes.expand(start, min(start + self._query_rows, len(probes)))))
-
-    def _images(self, points: Tensor) -> Images:
-        return Images(self._stack.back(points).numpy())
+def best_form(spec: StackSpec, info: OracleInfo) -> Settled:
+    """The best form that an oracle says it takes for a stack."""
+    if not info.factored:
+        return "images"
+    if spec.autoencoder is None:
+        return "factored"
+    return "merged" if info.decoders else "images"
 
 
 _WHY_NOT = {
     "merged": "the oracle takes no decoders, or not this one, or the stack has no autoencoder",
     "factored": "the oracle reads no factored batches, or the stack has an autoencoder (that is query_form=merged)",
-    "images": "",
 }
 
 
 def _merged(stack: Stack, oracle: Oracle) -> str | None:
     """The id under which the oracle has the stack's decoder; None where it cannot have it."""
-    if stack.autoencoder is None or not (oracle.info.factored and oracle.info.decoders):
+    if stack.autoencoder is None:
         return None
     try:
         content = write(*decoder_of(stack.autoencoder))

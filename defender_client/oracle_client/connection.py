@@ -17,7 +17,7 @@ from shared.wire.errors import InternalError, OracleError, RequestInFlight, Unau
 
 _CHUNK = 256 * 1024
 # After these nobody knows whether the request was charged: it is being answered, a proxy lost the answer, the server
-# failed (perhaps in sending what was paid for), or it lost its ledger while it wrote a charge. Most 503s mean nothing
+# failed (perhaps in sending what was paid for), or it lost its ledger while writing a charge. Most 503s mean nothing
 # of the kind, but do not say so. What is in doubt and was not charged costs nothing: the ledger settles it.
 _UNKNOWN_STATUSES = RETRY_STATUSES | {RequestInFlight.status, InternalError.status, Unavailable.status}
 _MOST_CONNECTIONS = 64  # as many as a configuration can have requests in flight
@@ -156,7 +156,11 @@ def _untrusted(error: BaseException | None) -> bool:
 
 
 def _stream(encoded: Encoded) -> Iterator[bytes]:
-    """The body in pieces: httpcore copies what is left of a buffer at every partial send, so pieces stay small."""
+    """The body in pieces: httpcore copies what is left of a buffer at every partial send, so pieces stay small.
+
+    As bytes, which h11 passes on: of any other buffer it makes bytes itself. Either way a piece is copied once, in the
+    processor's cache; measured, that is a hundredth of what a request costs the client.
+    """
     for chunk in encoded.chunks:
         view = memoryview(chunk)
         for start in range(0, len(view), _CHUNK):
