@@ -13,7 +13,8 @@ The rows that are paid for are the same. What is decoded there may differ from w
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import numpy as np
@@ -63,25 +64,31 @@ class BlackBox:
         if self._decoder is not None:
             asked = Latents(points.numpy(), self._decoder)
             return torch.from_numpy(self._oracle.ask(asked, purpose=purpose, label=label))
-        return self._in_pieces(len(points), lambda start, stop: points[start:stop], purpose, label)
+        whole = len(points) <= self._query_rows
+        labels = iter([label]) if whole else (f"{label}/{piece}" for piece in itertools.count())
+        return self._in_pieces(len(points), lambda start, stop: points[start:stop], purpose, labels)
 
     @torch.no_grad()
     def probed(self, probes: Probes, *, purpose: str, label: str) -> Tensor:
         """Logits [n, p, k] of f' at an estimator's probes; n p queries."""
         if self.form == "images":
-            logits = self._in_pieces(len(probes), lambda a, b: torch.from_numpy(probes.expand(a, b)), purpose, label)
+            pieces = (f"{label}/{piece}" for piece in itertools.count())
+            logits = self._in_pieces(len(probes), lambda a, b: torch.from_numpy(probes.expand(a, b)), purpose, pieces)
         else:
-            logits = torch.from_numpy(self._oracle.ask(Factored(probes, self._decoder), purpose=purpose, label=label))
+            logits = torch.from_numpy(
+                self._oracle.ask(Factored(probes, self._decoder), purpose=purpose, label=f"{label}/0")
+            )
         return logits.view(probes.n, probes.p, -1)
 
-    def _in_pieces(self, count: int, points: Callable[[int, int], Tensor], purpose: str, label: str) -> Tensor:
+    def _in_pieces(
+        self, count: int, points: Callable[[int, int], Tensor], purpose: str, labels: Iterator[str]
+    ) -> Tensor:
         """Logits [count, k] of points that are made, decoded and asked about in pieces, so that memory is bounded by
         query_rows and not by their number."""
         answers = []
         for start in range(0, count, self._query_rows):
             images = Images(self._stack.back(points(start, min(start + self._query_rows, count))).numpy())
-            piece = label if count <= self._query_rows else f"{label}/{start // self._query_rows}"
-            answers.append(self._oracle.ask(images, purpose=purpose, label=piece))
+            answers.append(self._oracle.ask(images, purpose=purpose, label=next(labels)))
         return torch.from_numpy(answers[0] if len(answers) == 1 else np.concatenate(answers))
 
 
