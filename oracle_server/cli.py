@@ -136,7 +136,7 @@ def serve(
         int | None, typer.Option(help="Most elements in memory at once for one row. [default: 4,194,304]")
     ] = None,
     max_decoder_multiply_adds: Annotated[
-        int | None, typer.Option(help="Most multiply-adds of one row. [default: 536,870,912]")
+        int | None, typer.Option(help="Most multiply-adds of one row. [default: 268,435,456]")
     ] = None,
     max_client_decoders: Annotated[int | None, typer.Option(help="Most decoders of a client. [default: 4]")] = None,
     max_decoders: Annotated[int | None, typer.Option(help="Most decoders of all clients. [default: 64]")] = None,

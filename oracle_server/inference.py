@@ -21,7 +21,7 @@ from oracle_server.room import Share
 from oracle_server.rows import DenseRows, Float32, Rows
 from oracle_server.service import Service
 from shared.wire import codec, protocol
-from shared.wire.errors import InternalError, MalformedRequest
+from shared.wire.errors import InternalError, MalformedRequest, OracleError
 
 log = logging.getLogger(__name__)
 _WAIT_FOR_OTHERS_S, _FIRST_PAUSE_S, _LAST_PAUSE_S = 30.0, 0.01, 0.25
@@ -73,6 +73,7 @@ async def answer(service: Service, client: Client, idempotency_key: str | None, 
     Raises:
         RequestInFlight: the same client's same key is being answered.
         BudgetExhausted, ClientRevoked, IdempotencyConflict, Unavailable: nothing was charged.
+        UnacceptableValues: a row was found to be unacceptable when it was made; nothing was charged.
         InternalError: the answer failed; nothing was charged.
     """
     with service.gate.hold(client.id, idempotency_key):
@@ -91,7 +92,7 @@ async def answer(service: Service, client: Client, idempotency_key: str | None, 
             if not isinstance(error, Exception):
                 raise
             await asyncio.wrap_future(released)
-            if isinstance(error, InternalError):
+            if isinstance(error, OracleError):
                 raise
             log.exception("inference of %d rows failed; nothing was charged", rows)
             raise InternalError("the classifier failed on this batch; nothing was charged") from error

@@ -62,7 +62,7 @@ class Settings(BaseSettings):
     max_decoder_bytes: PositiveInt = 32 * MIB
     max_decoder_layers: PositiveInt = 64
     max_decoder_activations: PositiveInt = 4 * MIB  # elements of a row in memory at once
-    max_decoder_multiply_adds: PositiveInt = 512 * MIB  # of a row
+    max_decoder_multiply_adds: PositiveInt = 256 * MIB  # of a row
     max_client_decoders: PositiveInt = 4
     max_decoders: PositiveInt = 64  # of all clients together
     max_decoders_bytes: PositiveInt = 256 * MIB
