@@ -81,7 +81,8 @@ def load(folder: Path | None, key: str) -> Measured | None:
         found = Measured.model_validate_json((folder / _name(key)).read_bytes())
     except (OSError, ValidationError):
         return None
-    return found if found.sizes == tuple(sorted(set(found.sizes))) and found.sizes[0] >= 1 else None
+    in_order = found.sizes == tuple(sorted(set(found.sizes)))
+    return found if found.sizes and found.sizes[0] >= 1 and in_order else None
 
 
 def save(folder: Path | None, key: str, measured: Measured) -> None:

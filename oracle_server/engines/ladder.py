@@ -22,6 +22,7 @@ _IMAGES = 4  # different images: kernels that sum in another order do not agree 
 _SLOW_S, _FEWER = 0.05, 2  # unless one row takes so long: then so few
 _LEAST_S, _ROUNDS = 0.01, 3  # a round shorter than this is not timed alone
 _ENOUGH_S = 0.08  # a block that takes this long is not made larger
+_AS_FAST = 0.98
 _NEAR = 0.85  # groups this near the fastest are as good; the one with the smallest block is taken
 
 
@@ -95,7 +96,9 @@ def choose(rungs: Sequence[Rung]) -> Ladder:
     fastest = max(rung.rate for group in groups.values() for rung in group)
     able = [group for group in groups.values() if max(rung.rate for rung in group) >= _NEAR * fastest]
     group = min(able, key=lambda rungs: rungs[0].size)
-    last = max(range(len(group)), key=lambda i: group[i].rate)
+    best = max(rung.rate for rung in group)
+    # Of sizes as fast as each other the largest: fewer blocks to hand over. Small batches have the smaller ones.
+    last = max(i for i, rung in enumerate(group) if rung.rate >= _AS_FAST * best)
     first = group[0].answers
     spread = max(float((rung.answers - first).abs().max()) for rung in rungs) if first.numel() else 0.0
     return Ladder(tuple(rung.size for rung in group[: last + 1]), group[last].rate, tuple(first.shape[1:]), spread)
