@@ -26,9 +26,12 @@ class Settings(BaseSettings):
     std: tuple[PositiveFloat, ...] | None = None
 
     # How it is computed
-    engine: Literal["auto", "eager"] = "auto"
+    engine: Literal["auto", "eager", "compile", "onnxruntime"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    engine_block: PositiveInt = 256  # rows per call of the engine
+    precision: Literal["float32", "bfloat16"] = "float32"
+    tf32: bool = False  # on CUDA: products of float32 with 10 bits after the point
+    engine_block: PositiveInt | None = None  # most rows a thread computes at once; by default as measured
+    engine_cache: Path | None = None  # a folder for what was measured; by default the user's cache
 
     # Where it is served, and where queries are counted
     host: str = "127.0.0.1"

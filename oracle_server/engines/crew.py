@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 
@@ -21,10 +22,11 @@ _process_wide = threading.Lock()
 
 
 class Crew:
-    """`threads` threads in which torch computes on one core each."""
+    """`threads` threads in which torch computes on one core each, or in which it waits for a device."""
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, *, device: bool = False) -> None:
         self.threads = threads
+        self._device = device
         self._all_there = threading.Barrier(threads)
         self._one_everywhere = threading.Lock()
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="engine")
@@ -34,7 +36,15 @@ class Crew:
             self.everywhere(_one_core)
             torch.set_num_threads(before)
 
-    def run(self, tasks: Sequence[Callable[[], None]]) -> None:
+    def seconds(self) -> float:
+        """A clock for work that keeps all threads busy.
+
+        It counts the processor's time, which other programs on the machine take from us but do not add to; where a
+        device computes, time itself.
+        """
+        return time.perf_counter() if self._device else time.process_time() / self.threads
+
+    def run(self, tasks: Sequence[Callable[[], object]]) -> None:
         """Each task once, by whoever is free; the first failure in order is raised after all have ended."""
         futures = [self._executor.submit(task) for task in tasks]
         wait(futures)
@@ -56,6 +66,12 @@ class Crew:
 def crew(threads: int) -> Crew:
     """The process's threads: every engine's, since engines take turns."""
     return Crew(threads)
+
+
+@functools.cache
+def device_crew() -> Crew:
+    """The thread that talks to a device."""
+    return Crew(1, device=True)
 
 
 def default_crew() -> Crew:

@@ -8,8 +8,7 @@ other to the last bit form a group; the engine keeps one group and pads what lie
 
 from __future__ import annotations
 
-import threading
-import time
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -19,11 +18,12 @@ from torch import Tensor
 from oracle_server.engines.crew import Crew
 from oracle_server.engines.engine import Compute
 
-_IMAGES = 4  # different images; kernels that sum in another order agree on all logits of all of these by no chance
-_LEAST_S = 0.004  # a round shorter than this is not timed alone
+_IMAGES = 4  # different images: kernels that sum in another order do not agree on all answers to these by chance
+_SLOW_S, _FEWER = 0.05, 2  # unless one row takes so long: then so few
+_LEAST_S, _ROUNDS = 0.01, 3  # a round shorter than this is not timed alone
 _ENOUGH_S = 0.08  # a block that takes this long is not made larger
-_BETTER = 1.02  # a larger block must be so much faster
-_NEAR = 0.9  # groups this near the fastest are as good; the one with the smallest block is taken
+_AS_FAST = 0.98
+_NEAR = 0.85  # groups this near the fastest are as good; the one with the smallest block is taken
 
 
 class VaryingAnswers(Exception):
@@ -69,18 +69,20 @@ def climb(compute: Compute, shape: Sequence[int], crew: Crew, most: int, budget_
     rungs: list[Rung] = []
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(_IMAGES, *shape, generator=generator)
-    deadline = time.perf_counter() + budget_s
-    stale = 0
+    began = crew.seconds()
+    if _everywhere(compute, images[:1], crew)[0] > _SLOW_S:
+        images = images[:_FEWER]
+    worse = 0
     for size in _sizes(most):
-        began = time.perf_counter()
+        started = crew.seconds()
         rungs.append(_try(compute, images, crew, size))
-        took = time.perf_counter() - began
-        best = max(rung.rate for rung in rungs[:-1]) if len(rungs) > 1 else 0.0
-        stale = 0 if rungs[-1].rate > _BETTER * best else stale + 1
+        now = crew.seconds()
+        best = max(rung.rate for rung in rungs)
+        worse = 0 if rungs[-1].rate == best else worse + 1
         slow = crew.threads * size / rungs[-1].rate > _ENOUGH_S
-        if stale == 3 or slow or time.perf_counter() + 2 * took > deadline:
+        if worse == 3 or slow or (now - began) + 2 * (now - started) > budget_s:
             break
-    return choose(rungs)
+    return choose([_again(rung, compute, images, crew) if rung.rate > _NEAR * best else rung for rung in rungs])
 
 
 def choose(rungs: Sequence[Rung]) -> Ladder:
@@ -95,7 +97,8 @@ def choose(rungs: Sequence[Rung]) -> Ladder:
     able = [group for group in groups.values() if max(rung.rate for rung in group) >= _NEAR * fastest]
     group = min(able, key=lambda rungs: rungs[0].size)
     best = max(rung.rate for rung in group)
-    last = next(i for i, rung in enumerate(group) if _BETTER * rung.rate >= best)
+    # Of sizes as fast as each other the largest: fewer blocks to hand over. Small batches have the smaller ones.
+    last = max(i for i, rung in enumerate(group) if rung.rate >= _AS_FAST * best)
     first = group[0].answers
     spread = max(float((rung.answers - first).abs().max()) for rung in rungs) if first.numel() else 0.0
     return Ladder(tuple(rung.size for rung in group[: last + 1]), group[last].rate, tuple(first.shape[1:]), spread)
@@ -111,41 +114,38 @@ def _sizes(most: int) -> Iterator[int]:
 
 def _try(compute: Compute, images: Tensor, crew: Crew, size: int) -> Rung:
     """One size: each image in all positions at once, then all images in turn beside each other."""
-    blocks = [image.expand(size, *image.shape).contiguous() for image in images]
-    blocks.append(images[torch.arange(size) % len(images)])
-    answers, steady, fastest = [], True, float("inf")
-    for position, block in enumerate(blocks):
-        seconds, found = _round(compute, block, crew)
-        fastest = min(fastest, seconds)
-        if position < len(images):
-            answers.append(found[0][0])
-        expected = torch.stack(answers)[torch.arange(size) % len(images)] if position == len(images) else None
-        for answer in found:
-            wanted = answers[-1].expand_as(answer) if expected is None else expected
-            steady = steady and _same_bits(answer, wanted)
-    if fastest < _LEAST_S:
-        times = int(_LEAST_S / fastest) + 1
-        fastest = min(fastest, *(_round(compute, blocks[-1], crew, times)[0] / times for _ in range(3)))
-    return Rung(size, crew.threads * size / fastest, torch.stack(answers), steady)
+    answers, steady, seconds = [], True, float("inf")
+    for image in images:
+        took, found = _everywhere(compute, image.expand(size, *image.shape).contiguous(), crew)
+        answers.append(found[0][0])
+        seconds = min(seconds, took)
+        steady = steady and all(_same_bits(answer, answers[-1].expand_as(answer)) for answer in found)
+    turns = torch.arange(size) % len(images)
+    took, found = _everywhere(compute, images[turns], crew)
+    steady = steady and all(_same_bits(answer, torch.stack(answers)[turns]) for answer in found)
+    rung = Rung(size, crew.threads * size / min(seconds, took), torch.stack(answers), steady)
+    return _again(rung, compute, images, crew) if seconds < _LEAST_S else rung
 
 
-def _round(compute: Compute, block: Tensor, crew: Crew, times: int = 1) -> tuple[float, list[Tensor]]:
-    """The block in every thread at once: seconds until the last one ended, and what each answered."""
+def _again(rung: Rung, compute: Compute, images: Tensor, crew: Crew) -> Rung:
+    """Timed as an engine runs, task by task: handing tasks to threads is part of what small blocks cost."""
+    block = images[torch.arange(rung.size) % len(images)]
+    rounds = 1 + int(_LEAST_S * rung.rate / (crew.threads * rung.size))
+    tasks = [lambda: compute(block)] * (crew.threads * rounds)
+    rates = []
+    for _ in range(_ROUNDS):
+        began = crew.seconds()
+        crew.run(tasks)
+        rates.append(len(tasks) * rung.size / (crew.seconds() - began))
+    return dataclasses.replace(rung, rate=max(rates) if rounds > 1 else max(rung.rate, *rates))
+
+
+def _everywhere(compute: Compute, block: Tensor, crew: Crew) -> tuple[float, list[Tensor]]:
+    """The block in every thread at once: seconds, and what each thread answered."""
     found: list[Tensor] = []
-    spans: list[tuple[float, float]] = []
-    lock = threading.Lock()
-
-    def ask() -> None:
-        began = time.perf_counter()
-        for _ in range(times):
-            answer = compute(block)
-        ended = time.perf_counter()
-        with lock:
-            spans.append((began, ended))
-            found.append(answer.clone())
-
-    crew.everywhere(ask)
-    return max(end for _, end in spans) - min(begin for begin, _ in spans), found
+    began = crew.seconds()
+    crew.everywhere(lambda: found.append(compute(block).clone()))
+    return crew.seconds() - began, found
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:
