@@ -108,7 +108,9 @@ def serve(
     ledger_timeout: Annotated[
         float | None, typer.Option(help="Seconds to wait for the ledger's database. [default: 10]")
     ] = None,
-    engine: Annotated[str | None, typer.Option(help="auto or eager. [default: auto]")] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="auto (measured at start), eager, compile or onnxruntime. [default: auto]")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda. [default: auto]")] = None,
     classes: Annotated[int | None, typer.Option(help="Number of logits; else as the weights have it.")] = None,
     channels: Annotated[int | None, typer.Option(help="Channels of an image; else as the weights have it.")] = None,
@@ -118,7 +120,16 @@ def serve(
     max_batch_rows: Annotated[int | None, typer.Option(help="Most rows of a request. [default: 4096]")] = None,
     max_body_bytes: Annotated[int | None, typer.Option(help="Most bytes of a request. [default: 256 MiB]")] = None,
     max_bodies_bytes: Annotated[int | None, typer.Option(help="Of all requests in flight. [default: 1 GiB]")] = None,
-    engine_block: Annotated[int | None, typer.Option(help="Rows the engine takes at once. [default: 256]")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="float32, or bfloat16, in which finite differences drown. [default: float32]")
+    ] = None,
+    tf32: Annotated[bool | None, typer.Option("--tf32", help="On CUDA: float32 products with 10 bits.")] = None,
+    engine_block: Annotated[
+        int | None, typer.Option(help="Most rows a thread computes at once. [default: as measured]")
+    ] = None,
+    engine_cache: Annotated[
+        Path | None, typer.Option(help="Folder for what was measured at start. [default: ~/.cache/zo-defense]")
+    ] = None,
     max_connections: Annotated[int | None, typer.Option(help="Most connections at once. [default: 512]")] = None,
     max_header_bytes: Annotated[
         int | None, typer.Option(help="Most bytes of a request's head. [default: 64 KiB]")
@@ -136,7 +147,7 @@ def serve(
         int | None, typer.Option(help="Most elements in memory at once for one row. [default: 4,194,304]")
     ] = None,
     max_decoder_multiply_adds: Annotated[
-        int | None, typer.Option(help="Most multiply-adds of one row. [default: 536,870,912]")
+        int | None, typer.Option(help="Most multiply-adds of one row. [default: 268,435,456]")
     ] = None,
     max_client_decoders: Annotated[int | None, typer.Option(help="Most decoders of a client. [default: 4]")] = None,
     max_decoders: Annotated[int | None, typer.Option(help="Most decoders of all clients. [default: 64]")] = None,

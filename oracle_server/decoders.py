@@ -14,6 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from oracle_server.engines.ladder import VaryingAnswers
+from oracle_server.engines.modules import MOST, build_block_engine
 from oracle_server.rows import Float32
 from oracle_server.settings import Settings
 from shared.models.decoder import (
@@ -28,21 +30,25 @@ from shared.models.layers import build
 from shared.wire import protocol
 from shared.wire.errors import DecodersNotAllowed, DecoderUnknown, MalformedRequest, TooLarge, UnacceptableValues
 
-_BLOCK = 64  # rows computed at once, at most
-_BLOCK_ELEMENTS = 2**24  # of activations at once
+_THREAD_ELEMENTS = 2**22  # of activations that one thread holds at once, where more than one row is in its block
+_MEASURE_S = 0.3  # for finding the block sizes that give the same bits; the engine's threads do it between batches
 
 
 class Decoder:
     """Dec: latents float32 [n, latent] -> images float32 [n, *image_shape] in [0, 1].
 
-    A row's image has the same bits whatever it is decoded with: blocks always have the same number of rows.
+    A row's image has the same bits whatever it is decoded with (`oracle_server.engines`).
 
     Attributes:
         id: 32 hexadecimal digits, of its content.
         latent: d.
         image_shape: (c, h, w).
         bytes: of its weights.
-        block: rows computed at once.
+        block: rows computed at once, by all threads together.
+
+    Raises:
+        MalformedRequest: torch cannot compute it.
+        UnacceptableValues: it gives other images of the same latents from one time to the next.
     """
 
     def __init__(self, spec: DecoderSpec, tensors: dict[str, Tensor]) -> None:
@@ -51,8 +57,15 @@ class Decoder:
         self.latent = spec.latent
         self.image_shape = spec.image_shape
         self.bytes = cost.weight_bytes
-        self.block = max(1, min(_BLOCK, _BLOCK_ELEMENTS // cost.activations))
-        self._module = _module(spec, tensors)
+        most = max(1, min(MOST, _THREAD_ELEMENTS // cost.activations))
+        try:
+            self._engine = build_block_engine(_module(spec, tensors), (spec.latent,), most=most, budget_s=_MEASURE_S)
+        except VaryingAnswers as error:
+            raise UnacceptableValues(f"{error}: it was not registered") from None
+        except RuntimeError as error:
+            reason = str(error).strip().split("\n")[0]
+            raise MalformedRequest(f"the decoder cannot be computed: {reason}; it was not registered") from None
+        self.block = self._engine.block
 
     def check(self, latents: NDArray[Any]) -> None:
         """Refuse what cannot be decoded; whoever charges does so after this.
@@ -82,17 +95,14 @@ class Decoder:
         Raises:
             UnacceptableValues: an image is not finite, which large weights or latents can make it; carries the `row`.
         """
-        images = np.empty((len(latents), *self.image_shape), np.float32)
-        padded = torch.zeros(self.block, self.latent)
-        for start in range(0, len(latents), self.block):
-            rows = latents[start : start + self.block]
-            padded.numpy()[: len(rows)] = rows
-            with torch.inference_mode():
-                images[start : start + len(rows)] = self._module(padded).numpy()[: len(rows)]
-        # By construction in [0, 1], or not a number.
-        finite = np.isfinite(images).reshape(len(images), -1).all(1)
-        if not finite.all():
-            row = int(finite.argmin())
+        if not len(latents):
+            return np.empty((0, *self.image_shape), np.float32)
+        # torch only reads, but warns of arrays that it could not write to, such as views of a request's bytes.
+        writable = np.require(latents, np.float32, ("C", "W", "A"))
+        images: Float32 = self._engine(torch.from_numpy(writable)).numpy()
+        # A sigmoid's values are in [0, 1] or not numbers, and one NaN makes the sum one.
+        if np.isnan(images.sum(dtype=np.float64)):
+            row = int(np.isnan(images).reshape(len(images), -1).any(1).argmax())
             raise UnacceptableValues(
                 f"decoder {self.id} makes an image that is not finite of latent {row}; nothing was charged", row=row
             )

@@ -134,9 +134,8 @@ INFER: dict[str, Any] = {
 REGISTER: dict[str, Any] = {
     "summary": "Register a decoder, to query in its latent",
     "description": (
-        "One safetensors file: float32 weights, and the decoder's specification as JSON in the metadata under "
-        "`decoder`. Costs no query. 200 where the caller had registered it before. Off unless the server was started "
-        "with --allow-decoders."
+        "The decoder's file, which is data and never code. Costs no query. 200 where the caller had registered it "
+        "before. Off unless the server was started with --allow-decoders."
     ),
     "tags": ["decoders"],
     "responses": {

@@ -26,9 +26,12 @@ class Settings(BaseSettings):
     std: tuple[PositiveFloat, ...] | None = None
 
     # How it is computed
-    engine: Literal["auto", "eager"] = "auto"
+    engine: Literal["auto", "eager", "compile", "onnxruntime"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    engine_block: PositiveInt = 256  # rows per call of the engine
+    precision: Literal["float32", "bfloat16"] = "float32"
+    tf32: bool = False  # on CUDA: products of float32 with 10 bits after the point
+    engine_block: PositiveInt | None = None  # most rows a thread computes at once; by default as measured
+    engine_cache: Path | None = None  # a folder for what was measured; by default the user's cache
 
     # Where it is served, and where queries are counted
     host: str = "127.0.0.1"
@@ -62,7 +65,7 @@ class Settings(BaseSettings):
     max_decoder_bytes: PositiveInt = 32 * MIB
     max_decoder_layers: PositiveInt = 64
     max_decoder_activations: PositiveInt = 4 * MIB  # elements of a row in memory at once
-    max_decoder_multiply_adds: PositiveInt = 512 * MIB  # of a row
+    max_decoder_multiply_adds: PositiveInt = 256 * MIB  # of a row
     max_client_decoders: PositiveInt = 4
     max_decoders: PositiveInt = 64  # of all clients together
     max_decoders_bytes: PositiveInt = 256 * MIB
