@@ -123,8 +123,7 @@ def _try(compute: Compute, images: Tensor, crew: Crew, size: int) -> Rung:
     turns = torch.arange(size) % len(images)
     took, found = _everywhere(compute, images[turns], crew)
     steady = steady and all(_same_bits(answer, torch.stack(answers)[turns]) for answer in found)
-    rung = Rung(size, crew.threads * size / min(seconds, took), torch.stack(answers), steady)
-    return _again(rung, compute, images, crew) if seconds < _LEAST_S else rung
+    return Rung(size, crew.threads * size / min(seconds, took), torch.stack(answers), steady)
 
 
 def _again(rung: Rung, compute: Compute, images: Tensor, crew: Crew) -> Rung:
