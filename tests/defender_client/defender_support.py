@@ -87,6 +87,18 @@ def tiny(folder: Path, *settings: str) -> RunConfig:
     return configs.load_preset(str(write_tiny(folder)), settings)
 
 
+MAX_ROWS = 256  # of a batch, for the server of these tests
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run that was trained and certified, and the client whose budget paid for it."""
+
+    run: Path
+    config: RunConfig
+    caller: Caller
+
+
 # --- runs in this process --------------------------------------------------------------------------------------------
 
 

@@ -9,8 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Trained
-from defender_support import Interfering, Killed, at, certify_here, opened, spent, spent_by_purpose, tiny, train_here
+from defender_support import (
+    Interfering,
+    Killed,
+    Trained,
+    at,
+    certify_here,
+    opened,
+    spent,
+    spent_by_purpose,
+    tiny,
+    train_here,
+)
 from oracle_support import Caller, Running
 from torch import nn
 

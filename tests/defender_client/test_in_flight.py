@@ -17,12 +17,12 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from conftest import Trained
 from defender_support import (
     DNCNN,
     RGE,
     Interfering,
     Killed,
+    Trained,
     at,
     certify_here,
     same_tensors,

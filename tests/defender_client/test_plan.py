@@ -7,8 +7,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import Trained
-from defender_support import RGE, Interfering, Killed, at, certify_here, spent, tiny
+from defender_support import RGE, Interfering, Killed, Trained, at, certify_here, spent, tiny
 from oracle_support import Caller, Running, digits
 
 from defender_client import plan as plans
