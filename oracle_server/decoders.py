@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from oracle_server.engines.ladder import VaryingAnswers
-from oracle_server.engines.modules import MOST, build_block_engine
+from oracle_server.engines import VaryingAnswers, build_block_engine
+from oracle_server.engines.modules import MOST
 from oracle_server.rows import Float32
 from oracle_server.settings import Settings
 from shared.models.decoder import (
