@@ -11,6 +11,8 @@ from fastapi import FastAPI
 from starlette.middleware import Middleware
 
 from oracle_server import routes_dashboard
+from oracle_server.admission import Admission
+from oracle_server.batching import Batcher
 from oracle_server.documentation import ANYWHERE, DESCRIPTION, TITLE, openapi
 from oracle_server.draining import DrainMiddleware
 from oracle_server.guard import GuardMiddleware
@@ -55,7 +57,18 @@ def create_app(settings: Settings, oracle: Oracle | None = None) -> FastAPI:
         log.warning("ledger: released %d reservations that a server before this one left open", released)
     watch = Watch(ledger)
     room = BodyRoom(settings.max_bodies_bytes)
-    service = Service(settings, oracle, ledger, Metrics(ledger, watch), policy, watch, room)
+    metrics = Metrics(ledger, watch)
+    batcher = Batcher(
+        oracle.predict,
+        oracle.block,
+        wait=settings.batch_wait / 1000,
+        on_block=metrics.computed,
+        on_start=metrics.queue_wait.observe,
+    )
+    admission = Admission(settings.max_queue_rows, settings.max_queue_requests, lambda: batcher.rate)
+    metrics.queue_rows.set_function(lambda: admission.rows)
+    metrics.queue_requests.set_function(lambda: admission.requests)
+    service = Service(settings, oracle, ledger, metrics, policy, watch, room, batcher, admission)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:

@@ -119,6 +119,13 @@ def serve(
     max_body_bytes: Annotated[int | None, typer.Option(help="Most bytes of a request. [default: 256 MiB]")] = None,
     max_bodies_bytes: Annotated[int | None, typer.Option(help="Of all requests in flight. [default: 1 GiB]")] = None,
     engine_block: Annotated[int | None, typer.Option(help="Rows the engine takes at once. [default: 256]")] = None,
+    batch_wait: Annotated[
+        float | None, typer.Option(help="Milliseconds an idle engine waits for company. [default: 0]")
+    ] = None,
+    max_queue_rows: Annotated[
+        int | None, typer.Option(help="Rows let in and not answered yet; beyond them 503. [default: 32768]")
+    ] = None,
+    max_queue_requests: Annotated[int | None, typer.Option(help="Requests, likewise. [default: 512]")] = None,
     max_connections: Annotated[int | None, typer.Option(help="Most connections at once. [default: 512]")] = None,
     max_header_bytes: Annotated[
         int | None, typer.Option(help="Most bytes of a request's head. [default: 64 KiB]")

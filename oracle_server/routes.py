@@ -5,14 +5,14 @@ What a route may tell of the classifier is the shape of its inputs and outputs, 
 
 from __future__ import annotations
 
-import asyncio
+import math
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Path, Query, Request, Response, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from oracle_server.auth import authenticate
-from oracle_server.body import read_body
+from oracle_server.body import content_length, read_body
 from oracle_server.docs_page import docs_page
 from oracle_server.documentation import INFER, OF_A_KEY, OF_A_MODEL
 from oracle_server.inference import answer, prepare
@@ -59,7 +59,27 @@ async def get_visible_client(service: Parts, request: Request) -> str | None:
     return None if caller.is_admin else caller.name
 
 
+async def get_asker(
+    request: Request, service: Parts, _documented: Annotated[HTTPAuthorizationCredentials | None, Security(bearer)]
+) -> Client:
+    """`find_caller`, for a request that will be refused at once where there is no room for it in the queue.
+
+    Before its key is looked up: what costs the least to refuse is what nothing has been done for.
+    """
+    authorization = _only(request, "Authorization")
+    known = service.admission.recall(authorization)
+    if known is not None:
+        setattr(request.state, CALLER, known[1])
+    service.admission.check(known[0] if known else None, _rows_at_least(service, request))
+    if known is not None:
+        delattr(request.state, CALLER)  # perhaps revoked since
+    client = await find_caller(service, request)
+    service.admission.remember(authorization or "", client.id, client.name)
+    return client
+
+
 Caller = Annotated[Client, Depends(get_caller)]
+Asker = Annotated[Client, Depends(get_asker)]
 
 
 async def check_model(model: Annotated[str, Path(json_schema_extra={"enum": [protocol.MODEL_NAME]})]) -> None:
@@ -128,14 +148,20 @@ async def model_ready(service: Parts) -> dict[str, bool]:
 
 @versioned.post("/infer", include_in_schema=False)
 @unversioned.post("/infer", **INFER)
-async def infer(request: Request, service: Parts, caller: Caller) -> Response:
-    with service.policy.visit(caller.id) as visit, service.gate.enter(), service.room.share() as share:
+async def infer(request: Request, service: Parts, caller: Asker) -> Response:
+    with (
+        service.policy.visit(caller.id) as visit,
+        service.gate.enter(),
+        service.admission.enter(caller.id, _rows_at_least(service, request)) as place,
+        service.room.share() as share,
+    ):
         settings = service.settings
         idempotency_key = _idempotency_key(_only(request, protocol.IDEMPOTENCY_KEY_HEADER))
         json_length = _json_length(_only(request, protocol.JSON_LENGTH_HEADER))
         encoding = _only(request, "Content-Encoding") or ""
         body = await read_body(request, share, limit=settings.max_body_bytes, timeout=settings.body_timeout)
-        prepared = await asyncio.to_thread(prepare, service, body, encoding, json_length, share)
+        prepared = await service.on_bodies(prepare, service, body, encoding, json_length, share)
+        place.resize(len(prepared.rows))
         await visit.admit(len(prepared.rows))
         answered = await answer(service, caller, idempotency_key, prepared)
     encoded, payment = answered.encoded, answered.payment
@@ -248,10 +274,24 @@ def _idempotency_key(header: str | None) -> str | None:
 
 
 def _json_length(header: str | None) -> int | None:
-    # isdecimal alone would take the digits of every script, and int() an underscore.
-    if header is not None and not (header.isascii() and header.isdecimal() and len(header) <= 12):
+    if header is not None and not _is_length(header):
         raise MalformedRequest(f"{protocol.JSON_LENGTH_HEADER} must be a number of bytes")
     return None if header is None else int(header)
+
+
+def _is_length(header: str) -> bool:
+    # isdecimal alone would take the digits of every script, and int() an underscore.
+    return header.isascii() and header.isdecimal() and len(header) <= 12
+
+
+def _rows_at_least(service: Service, request: Request) -> int:
+    """How many rows a request has by its head, at least: those of its binary body, if they are sent as they are."""
+    json_length = request.headers.get(protocol.JSON_LENGTH_HEADER)
+    if json_length is None or not _is_length(json_length) or "content-encoding" in request.headers:
+        return 1
+    images = (content_length(request) or 0) - int(json_length)
+    rows = images // (4 * math.prod(service.oracle.image_shape))
+    return min(max(1, rows), service.settings.max_batch_rows)  # more are too many, however few are waiting
 
 
 router.include_router(unversioned)

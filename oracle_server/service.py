@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from oracle_server.admission import Admission
+from oracle_server.batching import Batcher
 from oracle_server.clock import utc_now
 from oracle_server.cost_cache import CostCache
 from oracle_server.dashboard import Spending
@@ -20,7 +22,7 @@ from oracle_server.workers import Worker
 
 @dataclass(frozen=True)
 class Service:
-    """Everything an answer needs. The ledger and the oracle are called only through their workers."""
+    """Everything an answer needs. The ledger is called only by its worker, the engine only by the batcher."""
 
     settings: Settings
     oracle: Oracle
@@ -29,8 +31,11 @@ class Service:
     policy: Policy
     watch: Watch
     room: BodyRoom
+    batcher: Batcher
+    admission: Admission
     gate: Gate = field(default_factory=Gate)
-    on_engine: Worker = field(default_factory=lambda: Worker("engine"))
+    # Two: one large body does not hold all the others up, and more would only take cores from the engine.
+    on_bodies: Worker = field(default_factory=lambda: Worker("bodies", threads=2))
     on_ledger: Worker = field(default_factory=lambda: Worker("ledger"))
     on_dashboard: Worker = field(default_factory=lambda: Worker("dashboard"))
     spending: CostCache[Spending] = field(default_factory=CostCache)  # touched on `on_dashboard` only
@@ -40,6 +45,7 @@ class Service:
         """Finish what was begun, then close the ledger."""
         self.watch.close()
         self.on_dashboard.close()
-        self.on_engine.close()
+        self.on_bodies.close()
+        self.batcher.close()
         self.on_ledger.close()
         self.ledger.close()

@@ -29,6 +29,7 @@ class Settings(BaseSettings):
     engine: Literal["auto", "eager"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     engine_block: PositiveInt = 256  # rows per call of the engine
+    batch_wait: Annotated[float, Field(ge=0)] = 0.0  # milliseconds an idle engine waits for company
 
     # Where it is served, and where queries are counted
     host: str = "127.0.0.1"
@@ -52,6 +53,10 @@ class Settings(BaseSettings):
     max_headers: PositiveInt = 100
     header_timeout: PositiveFloat = 30.0  # seconds for a request's head to arrive
     max_batch_rows: PositiveInt = 4096
+    # Of all requests that were let in and are not answered yet. A client may have half of each: four of the largest
+    # batches (computed, next, decoded, on the wire), or as many requests of one row as fill a block.
+    max_queue_rows: PositiveInt = 32768
+    max_queue_requests: PositiveInt = 512
     max_body_bytes: PositiveInt = 256 * MIB
     max_bodies_bytes: PositiveInt = 1024 * MIB  # of all requests in flight together
     body_timeout: PositiveFloat = 60.0  # seconds for a whole body to arrive
