@@ -60,15 +60,15 @@ class Admission:
         """Requests in the queue; of those whose bodies are not read yet, too."""
         return self._all.requests
 
-    def remember(self, authorization: str, client_id: int, name: str) -> None:
+    def remember(self, authorization: bytes, client_id: int, name: str) -> None:
         """The caller that an Authorization header was found to be of. Only ever used to refuse him sooner."""
         self._callers[_digest(authorization)] = client_id, name
         if len(self._callers) > _CALLERS:
             self._callers.popitem(last=False)
 
-    def recall(self, authorization: str | None) -> tuple[int, str] | None:
+    def recall(self, authorization: bytes) -> tuple[int, str] | None:
         """Id and name of the caller who last came with this header; it may have been revoked since."""
-        return None if authorization is None else self._callers.get(_digest(authorization))
+        return self._callers.get(_digest(authorization))
 
     def check(self, client_id: int | None, rows: int) -> None:
         """Raise `Overloaded` where a request of so many rows would not be let in.
@@ -148,6 +148,6 @@ class Place:
         self._admission.resize(self, self._mine, rows)
 
 
-def _digest(authorization: str) -> bytes:
+def _digest(authorization: bytes) -> bytes:
     # The key itself is nowhere kept.
-    return hashlib.sha256(authorization.encode("latin-1", "replace")).digest()
+    return hashlib.sha256(authorization).digest()

@@ -15,6 +15,7 @@ from oracle_server.admission import Admission
 from oracle_server.batching import Batcher
 from oracle_server.documentation import ANYWHERE, DESCRIPTION, TITLE, openapi
 from oracle_server.draining import DrainMiddleware
+from oracle_server.gate import Gate
 from oracle_server.guard import GuardMiddleware
 from oracle_server.ledger import Ledger
 from oracle_server.metrics import Metrics, MetricsMiddleware
@@ -26,6 +27,7 @@ from oracle_server.room import BodyRoom
 from oracle_server.routes import router
 from oracle_server.service import Service
 from oracle_server.settings import Settings
+from oracle_server.shedding import Shedder
 from oracle_server.sweeping import sweep
 from oracle_server.watch import Watch
 from shared.version import VERSION
@@ -68,7 +70,18 @@ def create_app(settings: Settings, oracle: Oracle | None = None) -> FastAPI:
     admission = Admission(settings.max_queue_rows, settings.max_queue_requests, lambda: batcher.rate)
     metrics.queue_rows.set_function(lambda: admission.rows)
     metrics.queue_requests.set_function(lambda: admission.requests)
-    service = Service(settings, oracle, ledger, metrics, policy, watch, room, batcher, admission)
+    gate = Gate()
+    # Half of it for a body within its limit, half to let go of one beyond it.
+    max_drained = 2 * settings.max_body_bytes
+    shedder = Shedder(
+        admission,
+        gate,
+        metrics,
+        image_shape=oracle.image_shape,
+        max_rows=settings.max_batch_rows,
+        max_body=max_drained,
+    )
+    service = Service(settings, oracle, ledger, metrics, policy, watch, room, gate, batcher, admission, shedder)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -89,8 +102,7 @@ def create_app(settings: Settings, oracle: Oracle | None = None) -> FastAPI:
         responses=ANYWHERE,
         middleware=[  # the first is the outermost
             Middleware(MetricsMiddleware, metrics=service.metrics),
-            # Half of it for a body within its limit, half to let go of one beyond it.
-            Middleware(DrainMiddleware, limit=2 * settings.max_body_bytes, timeout=settings.body_timeout),
+            Middleware(DrainMiddleware, limit=max_drained, timeout=settings.body_timeout),
             Middleware(GuardMiddleware),
         ],
     )

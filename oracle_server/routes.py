@@ -5,20 +5,20 @@ What a route may tell of the classifier is the shape of its inputs and outputs, 
 
 from __future__ import annotations
 
-import math
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Path, Query, Request, Response, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from oracle_server.auth import authenticate
-from oracle_server.body import content_length, read_body
+from oracle_server.body import read_body
 from oracle_server.docs_page import docs_page
 from oracle_server.documentation import INFER, OF_A_KEY, OF_A_MODEL
 from oracle_server.inference import answer, prepare
 from oracle_server.ledger import Client
 from oracle_server.refusals import CALLER
 from oracle_server.service import Service
+from oracle_server.shedding import is_length
 from shared.version import VERSION
 from shared.wire import protocol
 from shared.wire.errors import MalformedRequest, NotFound
@@ -66,15 +66,12 @@ async def get_asker(
 
     Before its key is looked up: what costs the least to refuse is what nothing has been done for.
     """
-    authorization = _only(request, "Authorization")
-    known = service.admission.recall(authorization)
-    if known is not None:
-        setattr(request.state, CALLER, known[1])
-    service.admission.check(known[0] if known else None, _rows_at_least(service, request))
-    if known is not None:
-        delattr(request.state, CALLER)  # perhaps revoked since
+    shed = service.shedder.look(request.headers.raw)
+    if shed is not None:
+        setattr(request.state, CALLER, shed.client)
+        raise shed.error
     client = await find_caller(service, request)
-    service.admission.remember(authorization or "", client.id, client.name)
+    service.admission.remember(request.headers["Authorization"].encode("latin-1"), client.id, client.name)
     return client
 
 
@@ -152,7 +149,7 @@ async def infer(request: Request, service: Parts, caller: Asker) -> Response:
     with (
         service.policy.visit(caller.id) as visit,
         service.gate.enter(),
-        service.admission.enter(caller.id, _rows_at_least(service, request)) as place,
+        service.admission.enter(caller.id, service.shedder.rows_at_least(request.headers.raw)) as place,
         service.room.share() as share,
     ):
         settings = service.settings
@@ -274,24 +271,9 @@ def _idempotency_key(header: str | None) -> str | None:
 
 
 def _json_length(header: str | None) -> int | None:
-    if header is not None and not _is_length(header):
+    if header is not None and not is_length(header.encode("latin-1")):
         raise MalformedRequest(f"{protocol.JSON_LENGTH_HEADER} must be a number of bytes")
     return None if header is None else int(header)
-
-
-def _is_length(header: str) -> bool:
-    # isdecimal alone would take the digits of every script, and int() an underscore.
-    return header.isascii() and header.isdecimal() and len(header) <= 12
-
-
-def _rows_at_least(service: Service, request: Request) -> int:
-    """How many rows a request has by its head, at least: those of its binary body, if they are sent as they are."""
-    json_length = request.headers.get(protocol.JSON_LENGTH_HEADER)
-    if json_length is None or not _is_length(json_length) or "content-encoding" in request.headers:
-        return 1
-    images = (content_length(request) or 0) - int(json_length)
-    rows = images // (4 * math.prod(service.oracle.image_shape))
-    return min(max(1, rows), service.settings.max_batch_rows)  # more are too many, however few are waiting
 
 
 router.include_router(unversioned)

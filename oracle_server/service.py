@@ -16,6 +16,7 @@ from oracle_server.oracle import Oracle
 from oracle_server.policy.policy import Policy
 from oracle_server.room import BodyRoom
 from oracle_server.settings import Settings
+from oracle_server.shedding import Shedder
 from oracle_server.watch import Watch
 from oracle_server.workers import Worker
 
@@ -31,9 +32,10 @@ class Service:
     policy: Policy
     watch: Watch
     room: BodyRoom
+    gate: Gate
     batcher: Batcher
     admission: Admission
-    gate: Gate = field(default_factory=Gate)
+    shedder: Shedder
     # Two: one large body does not hold all the others up, and more would only take cores from the engine.
     on_bodies: Worker = field(default_factory=lambda: Worker("bodies", threads=2))
     on_ledger: Worker = field(default_factory=lambda: Worker("ledger"))
