@@ -130,6 +130,13 @@ def serve(
     engine_cache: Annotated[
         Path | None, typer.Option(help="Folder for what was measured at start. [default: ~/.cache/zo-defense]")
     ] = None,
+    batch_wait: Annotated[
+        float | None, typer.Option(help="Milliseconds an idle engine waits for company. [default: 0]")
+    ] = None,
+    max_queue_rows: Annotated[
+        int | None, typer.Option(help="Rows let in and not answered yet; beyond them 503. [default: 32768]")
+    ] = None,
+    max_queue_requests: Annotated[int | None, typer.Option(help="Requests, likewise. [default: 512]")] = None,
     max_connections: Annotated[int | None, typer.Option(help="Most connections at once. [default: 512]")] = None,
     max_header_bytes: Annotated[
         int | None, typer.Option(help="Most bytes of a request's head. [default: 64 KiB]")

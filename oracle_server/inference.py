@@ -79,12 +79,10 @@ async def answer(service: Service, client: Client, idempotency_key: str | None, 
         rows = len(prepared.rows)
         reservation = await _reserve(service, Reserve(client.id, rows, idempotency_key, prepared.sha256))
         try:
-            start = time.perf_counter()
-            logits = await service.on_engine(service.oracle, prepared.rows)
-            service.metrics.inference.observe(time.perf_counter() - start)
+            logits = await asyncio.wrap_future(service.batcher.submit(prepared.rows, client.id))
             scores = await service.policy.transform(logits, prepared.rows, reservation.seq)
             service.policy.fail_by_chance()
-            encoded = _encode(prepared.request, prepared.rows.arrange(scores))
+            encoded = await service.on_bodies(_encode, prepared.request, prepared.rows, scores)
         except BaseException as error:
             # Not awaited where the server is being ended: the ledger finishes what is queued before it closes.
             released = service.ledger.submit(Release(reservation, "its answer failed"))
@@ -120,7 +118,8 @@ async def _charge(service: Service, reservation: Reservation) -> Payment:
     return payment
 
 
-def _encode(request: codec.InferRequest, logits: Float32) -> codec.Encoded:
+def _encode(request: codec.InferRequest, rows: Rows, logits: Float32) -> codec.Encoded:
+    logits = rows.arrange(logits)
     binary = request.wants_binary(protocol.OUTPUT_NAME)
     if not binary and not np.isfinite(logits).all():
         raise InternalError(

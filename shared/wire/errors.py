@@ -18,7 +18,8 @@
     ├── RateLimited            429  with Retry-After
     ├── HeadersTooLarge        431  more headers, or more bytes of them, than the server takes
     ├── InternalError          500  the server's own fault
-    ├── Unavailable            503  with Retry-After: draining or overloaded
+    ├── Unavailable            503  with Retry-After: draining, or something it needs is not there
+    │   └── Overloaded              more is asked than can be computed; refused before anything was done
     └── UnexpectedAnswer       any  the peer's answer is not of this protocol (client side only)
 
 The server raises these and answers with `problem()` (RFC 9457 plus the protocol's `error` string); the client reads an
@@ -139,6 +140,10 @@ class Unavailable(OracleError):
     status, code, title = 503, "unavailable", "Temporarily unavailable"
 
 
+class Overloaded(Unavailable):
+    code, title = "overloaded", "More is asked than can be answered now"
+
+
 class UnexpectedAnswer(OracleError):
     """The peer does not speak this protocol, or not as we do; `status` is what it said, for an unknown error."""
 
@@ -164,6 +169,7 @@ _CLASSES: tuple[type[OracleError], ...] = (
     HeadersTooLarge,
     InternalError,
     Unavailable,
+    Overloaded,
 )
 BY_CODE: dict[str, type[OracleError]] = {cls.code: cls for cls in _CLASSES}
 # For servers that are not ours: the status alone decides. The first class of each status is its most general one.
