@@ -439,7 +439,6 @@ def test_hundreds_of_mutated_files(tmp_path: Path) -> None:
         connection.request("GET", ROUTE, headers={"Authorization": f"Bearer {key.reveal()}"})
         assert connection.getresponse().status == 200
         connection.close()
-    print(statuses, grown / MIB)
     assert grown < 24 * MIB
     assert statuses[400] > 250
     assert statuses[422] > 10
