@@ -22,6 +22,9 @@ from pathlib import Path
 from benchmarks.measuring import Disturbance, Turn, Worker, ended_by_signal, heading, interleave, ratios, spread, table
 from benchmarks.serving import OurServer, start
 
+_IN_PROCESS = "in process"
+_IMAGE_BYTES = 4 * 3 * 32 * 32
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -46,9 +49,6 @@ def main() -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from shared.process import prepare
-
-    prepare()
     import numpy as np
 
     from benchmarks import models
@@ -65,18 +65,22 @@ def _compare(options: argparse.Namespace) -> None:
         stack.callback(server.child.stop)
         files = ["--model-file", str(model), "--images", str(batch), *common, "--block", str(options.block)]
         engine = stack.enter_context(Worker([sys.executable, "-m", "benchmarks.in_process", "engine", *files]))
-        candidates: dict[str, Callable[[], Turn]] = {"in process": partial(engine.turn, options.batches)}
+        candidates: dict[str, Callable[[], Turn]] = {_IN_PROCESS: partial(engine.turn, options.batches)}
+        clients: list[Worker] = []
         for count in options.connections:
             given = ["--worker", server.url, "--images", str(batch), "--connections", str(count)]
             client = Worker([sys.executable, "-m", "benchmarks.http_overhead", *given], {"ORACLE_API_KEY": server.key})
             stack.enter_context(client)
             name = f"HTTP, {count} connection{'s' * (count > 1)}"
             candidates[name] = partial(_served, server, client, options.batches)
+            clients.append(client)
         print(
             f"{options.model}, {options.rows} images a request, {options.batches} requests a turn, "
-            f"{options.rounds} rounds; engine asked for {options.engine}, in process {engine.said['what']}",
+            f"{options.rounds} rounds; engine asked for {options.engine}, in process {engine.ready()}",
             flush=True,
         )
+        for client in clients:
+            client.ready()
         disturbance = Disturbance()
         turns = interleave(options.rounds, candidates)
         print(f"{disturbance}\n")
@@ -91,46 +95,33 @@ def _served(server: OurServer, client: Worker, batches: int) -> Turn:
 
 
 def _report(turns: dict[str, list[Turn]], rows: int, batches: int) -> None:
-    images = rows * batches
-    rates = {name: [images / turn.wall for turn in made] for name, made in turns.items()}
-    bytes_each = 4 * 3 * 32 * 32
-    print(
-        table(
-            ["", "images/s", "quartiles", "MB/s up", "of in process", "quartiles"],
-            [
-                [name, f"{rate.median:,.0f}", f"{rate.low:,.0f} to {rate.high:,.0f}"]
-                + (["", "", ""] if name == "in process" else [f"{rate.median * bytes_each / 1e6:,.1f}", *_share(ratio)])
-                for name, rate, ratio in (
-                    (name, spread(of), ratios(of, rates["in process"])) for name, of in rates.items()
-                )
-            ],
-        )
-    )
-    print("\nA request, in ms (medians):\n")
-    header = ["", "wall", "client CPU", "server CPU", "engine", "request in server", "server, not engine"]
+    rates = {name: [rows * batches / turn.wall for turn in made] for name, made in turns.items()}
     lines = []
-    for name, made in turns.items():
-
-        def each(what: Callable[[Turn], float], made: list[Turn] = made) -> str:
-            return f"{1000 * spread([what(turn) for turn in made]).median / batches:.2f}"
-
-        cells = [each(lambda turn: turn.wall), each(lambda turn: turn.cpu)]
-        if name != "in process":
-            cells += [each(lambda turn, of=of: turn.parts[of]) for of in ("server CPU", "inference", "requests")]  # type: ignore[misc]
-            cells += [each(lambda turn: turn.parts["requests"] - turn.parts["inference"])]
-        lines.append([name, *cells, *[""] * (len(header) - 1 - len(cells))])
-    print(table(header, lines))
+    for name, made in rates.items():
+        rate, share = spread(made), ratios(made, rates[_IN_PROCESS])
+        line = [name, f"{rate.median:,.0f}", f"{rate.low:,.0f} to {rate.high:,.0f}"]
+        if name != _IN_PROCESS:
+            line += [f"{rate.median * _IMAGE_BYTES / 1e6:,.1f}", f"{share.median:.1%}"]
+            line += [f"{share.low:.1%} to {share.high:.1%}"]
+        lines.append(line + [""] * (6 - len(line)))
+    print(table(["", "images/s", "quartiles", "MB/s up", "of in process", "quartiles"], lines))
+    print("\nA request, in ms (medians):\n")
+    lines = [[name, *_costs(made, batches)] for name, made in turns.items()]
+    print(table(["", "wall", "client CPU", "server CPU", "engine", "request in server", "server, not engine"], lines))
     print(
         "\nwall: a turn's time over its requests. request in server: from its head to the end of its answer, so with "
         "several connections\nit holds the wait for the engine, too. engine: as the server's metric counts it."
     )
 
 
-def _share(ratio: object) -> list[str]:
-    from benchmarks.measuring import Spread
-
-    assert isinstance(ratio, Spread)
-    return [f"{ratio.median:.1%}", f"{ratio.low:.1%} to {ratio.high:.1%}"]
+def _costs(turns: list[Turn], requests: int) -> list[str]:
+    """Milliseconds a request: wall, the worker's CPU, and what the server says where there is one."""
+    columns = [[turn.wall for turn in turns], [turn.cpu for turn in turns]]
+    if turns[0].parts:
+        columns += [[turn.parts[name] for turn in turns] for name in ("server CPU", "inference", "requests")]
+        columns += [[turn.parts["requests"] - turn.parts["inference"] for turn in turns]]
+    cells = [f"{1000 * spread(column).median / requests:.2f}" for column in columns]
+    return cells + [""] * (6 - len(cells))
 
 
 def _client(url: str, images: Path, connections: int) -> None:
@@ -144,13 +135,13 @@ def _client(url: str, images: Path, connections: int) -> None:
 
     import numpy as np
 
-    from benchmarks.measuring import obey
+    from benchmarks.measuring import Work, obey
     from defender_client.oracle_client import RemoteOracle
 
-    batch = np.load(images)
-    oracles = [RemoteOracle(url, os.environ["ORACLE_API_KEY"]) for _ in range(connections)]
-    labels = itertools.count()
-    with ThreadPoolExecutor(connections) as pool:
+    def make_ready() -> tuple[Work, str]:
+        batch, labels = np.load(images), itertools.count()
+        oracles = [RemoteOracle(url, os.environ["ORACLE_API_KEY"]) for _ in range(connections)]
+        pool = ThreadPoolExecutor(connections)
 
         def ask(oracle: RemoteOracle, times: int) -> None:
             for _ in range(times):
@@ -160,7 +151,9 @@ def _client(url: str, images: Path, connections: int) -> None:
             shares = [batches // connections + (n < batches % connections) for n in range(connections)]
             list(pool.map(ask, oracles, shares))
 
-        obey(work)
+        return work, "RemoteOracle"
+
+    obey(make_ready)
 
 
 if __name__ == "__main__":

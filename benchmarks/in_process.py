@@ -37,17 +37,20 @@ def main() -> None:
         prepare()
     import numpy as np
 
-    from benchmarks.measuring import obey
+    from benchmarks.measuring import Work, obey
 
-    answer, what = _KINDS[options.kind](options)
-    images = np.load(options.images)
-    check(answer(images), options.expected)
+    def make_ready() -> tuple[Work, str]:
+        answer, what = _KINDS[options.kind](options)
+        images = np.load(options.images)
+        check(answer(images), options.expected)
 
-    def work(batches: int) -> None:
-        for _ in range(batches):
-            answer(images)
+        def work(batches: int) -> None:
+            for _ in range(batches):
+                answer(images)
 
-    obey(work, say={"what": what})
+        return work, what
+
+    obey(make_ready)
 
 
 def check(logits: np.ndarray, expected: Path | None) -> None:
@@ -65,7 +68,6 @@ def check(logits: np.ndarray, expected: Path | None) -> None:
 
 
 def _engine(options: argparse.Namespace) -> tuple[Answer, str]:
-    import numpy as np
     import torch
 
     from benchmarks import models
@@ -85,7 +87,6 @@ def _engine(options: argparse.Namespace) -> tuple[Answer, str]:
 
 
 def _eager(options: argparse.Namespace) -> tuple[Answer, str]:
-    import numpy as np
     import torch
 
     from benchmarks import models

@@ -179,7 +179,7 @@ class Child:
     """
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str | None] | None = None) -> None:
-        self._log: IO[bytes] = tempfile.TemporaryFile()
+        self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # closed by stop
         changed = dict(os.environ) | {"PYTHONPATH": str(ROOT)} | dict(environment or {})
         self.process = subprocess.Popen(
             list(command),
@@ -273,10 +273,11 @@ class Turn:
 
 
 class Worker:
-    """A process that works when it is told to and sleeps between; see `obey`.
+    """A process that works when it is told to and sleeps between; see `obey`. It starts at once, unwaited for.
 
-    Raises:
-        Failed: it did not become ready within `patience` seconds.
+    Args:
+        command, environment: of the `Child`.
+        patience: seconds that becoming ready, or a turn, may take.
     """
 
     def __init__(
@@ -284,18 +285,21 @@ class Worker:
         command: Sequence[str],
         environment: Mapping[str, str | None] | None = None,
         *,
-        patience: float = 300.0,
+        patience: float = 600.0,
     ) -> None:
         self._patience = patience
+        self._what: str | None = None
         self.child = Child(command, environment)
-        try:
-            self.said: dict[str, str] = json.loads(self.child.line(patience))
-        except BaseException:
-            self.child.stop()
-            raise
+
+    def ready(self) -> str:
+        """Wait until it is ready; what it says of itself. Raises `Failed` if it does not get there."""
+        if self._what is None:
+            self._what = str(json.loads(self.child.line(self._patience)))
+        return self._what
 
     def turn(self, amount: int) -> Turn:
         """Work `amount` units. Raises `Failed` if it ends instead."""
+        self.ready()
         self.child.tell(str(amount))
         return Turn(**json.loads(self.child.line(self._patience)))
 
@@ -306,19 +310,24 @@ class Worker:
         self.child.stop()
 
 
-def obey(work: Callable[[int], dict[str, float] | None], *, say: Mapping[str, str] | None = None) -> None:
+Work = Callable[[int], dict[str, float] | None]
+
+
+def obey(make_ready: Callable[[], tuple[Work, str]]) -> None:
     """Be a worker: do what comes on standard input, an amount a line, until it ends.
 
-    What libraries print goes to standard error. `work` may return parts for its `Turn`; `say` is told once, when ready.
+    What libraries print goes to standard error. `make_ready` gives the work, which may return parts for its `Turn`, and
+    a few words on it.
     """
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
-    def answer(message: Mapping[str, object]) -> None:
+    def answer(message: object) -> None:
         out.write(json.dumps(message) + "\n")
         out.flush()
 
-    answer(say or {})
+    work, what = make_ready()
+    answer(what)
     for line in sys.stdin:
         start, cpu = time.perf_counter(), time.process_time()
         parts = work(int(line))
@@ -328,6 +337,9 @@ def obey(work: Callable[[int], dict[str, float] | None], *, say: Mapping[str, st
 @contextlib.contextmanager
 def ended_by_signal() -> Iterator[contextlib.ExitStack]:
     """A stack that is unwound on SIGTERM, too: whatever was started is ended."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    with contextlib.ExitStack() as stack:
-        yield stack
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    try:
+        with contextlib.ExitStack() as stack:
+            yield stack
+    finally:
+        signal.signal(signal.SIGTERM, before)
