@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.measuring import Disturbance, Turn, Worker, ended_by_signal, heading, interleave, ratios, spread, table
-from benchmarks.serving import OurServer, start
+from benchmarks.serving import OurServer, choices_in, start
 
 _IN_PROCESS = "in process"
 _IMAGE_BYTES = 4 * 3 * 32 * 32
@@ -64,7 +64,8 @@ def _compare(options: argparse.Namespace) -> None:
         server = start(folder, model, [*common, *block, *shlex.split(options.serve_options)])
         stack.callback(server.child.stop)
         files = ["--model-file", str(model), "--images", str(batch), *common, "--block", str(options.block)]
-        engine = stack.enter_context(Worker([sys.executable, "-m", "benchmarks.in_process", "engine", *files]))
+        command = [sys.executable, "-m", "benchmarks.in_process", "engine", *files]
+        engine = stack.enter_context(Worker(command, choices_in(folder)))
         candidates: dict[str, Callable[[], Turn]] = {_IN_PROCESS: partial(engine.turn, options.batches)}
         clients: list[Worker] = []
         for count in options.connections:

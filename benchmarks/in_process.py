@@ -83,7 +83,7 @@ def _engine(options: argparse.Namespace) -> tuple[Answer, str]:
         logits: np.ndarray = engine(torch.from_numpy(images)).numpy()
         return logits
 
-    return answer, type(engine).__name__
+    return answer, str(getattr(engine, "name", type(engine).__name__))  # not every engine has one
 
 
 def _eager(options: argparse.Namespace) -> tuple[Answer, str]:

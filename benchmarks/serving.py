@@ -47,8 +47,19 @@ class OurServer:
         }
 
 
-def start(folder: Path, weights: Path, options: Sequence[str] = ()) -> OurServer:
+def choices_in(folder: Path) -> dict[str, str]:
+    """The environment in which an engine that is chosen by measuring is remembered in `folder`, and nowhere else.
+
+    A choice that was made at another time, on a busy machine perhaps, then plays no part; and whoever starts after the
+    server has its engine.
+    """
+    return {"XDG_CACHE_HOME": str(folder / "cache")}
+
+
+def start(folder: Path, weights: Path, options: Sequence[str] = (), *, choices: Path | None = None) -> OurServer:
     """Serve a file of `models.write` with a new ledger in `folder`; the caller stops the child.
+
+    Engines are chosen in `choices` (see `choices_in`), by default in `folder`.
 
     Raises:
         Failed: it did not start.
@@ -68,7 +79,8 @@ def start(folder: Path, weights: Path, options: Sequence[str] = ()) -> OurServer
         program, named = "benchmarks.serving", ["--weights", str(weights)]
     else:
         program, named = "oracle_server", ["--model", model, "--weights", str(weights)]
-    child = Child([sys.executable, "-m", program, "serve", "--port", "0", *ledger, *named, *options])
+    command = [sys.executable, "-m", program, "serve", "--port", "0", *ledger, *named, *options]
+    child = Child(command, choices_in(choices or folder))
     try:
         line = child.line(_START_S)
         if not line.startswith("listening on "):

@@ -14,7 +14,7 @@ Cases: `cge-central` (2 d probes a sample: the public code), `cge-forward` (d + 
 from __future__ import annotations
 
 import argparse
-import importlib
+import importlib.util
 import shlex
 import sys
 import tempfile
@@ -38,7 +38,7 @@ from benchmarks.measuring import (
     spread,
     table,
 )
-from benchmarks.serving import OurServer, start
+from benchmarks.serving import OurServer, choices_in, start
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -63,6 +63,7 @@ _PARTS = (
     ("digest request", "defender_client.request_key:digest"),
     ("send, wait, receive", "defender_client.oracle_client.connection:Connection.post"),
     ("losses", "defender_client.train:cross_entropy"),
+    ("losses", "defender_client.estimation:cross_entropy"),
     ("tell", "defender_client.zo.base:Estimator.tell"),
     ("backward", "torch:Tensor.backward"),
     ("optimizer", "torch.optim:Adam.step"),
@@ -121,11 +122,12 @@ def _compare(options: argparse.Namespace) -> None:
         common += ["--batch", str(options.batch), *(part for pair in options.set for part in ("--set", pair))]
         common += [] if options.data is None else ["--data", str(options.data)]
 
+        environment = {"ORACLE_API_KEY": server.key} | choices_in(folder)
         workers: list[Worker] = []
 
         def worker(*arguments: str) -> Worker:
             command = [sys.executable, "-m", "benchmarks.training_step", *arguments, *common]
-            started = stack.enter_context(Worker(command, {"ORACLE_API_KEY": server.key}, patience=3600))
+            started = stack.enter_context(Worker(command, environment, patience=3600))
             workers.append(started)
             return started
 
@@ -363,7 +365,7 @@ class Stopwatch:
     def __init__(self) -> None:
         self._lock, self._local = threading.Lock(), threading.local()
         self._times: dict[str, float] = {}
-        self._names: list[str] = []
+        self._names: dict[str, None] = {}  # in their order
         self._start = 0.0
 
     def attach(self) -> None:
@@ -371,13 +373,15 @@ class Stopwatch:
         for name, place in _PARTS:
             module, _, path = place.partition(":")
             *outer, last = path.split(".")
+            if importlib.util.find_spec(module) is None:
+                continue
             holder: Any = importlib.import_module(module)
             for part in outer:
                 holder = getattr(holder, part, None)
             timed = getattr(holder, last, None)
             if timed is not None:
                 setattr(holder, last, self._timing(name, timed))
-                self._names.append(name)
+                self._names[name] = None
 
     def start(self) -> None:
         """Forget what was counted."""

@@ -106,7 +106,8 @@ class Bench:
             case InProcess():
                 settings = ["--engine", self.options.engine, "--block", str(self.options.rows)]
                 command = [sys.executable, "-m", "benchmarks.in_process", *candidate.arguments]
-                worker = Worker([*command, "--model-file", str(self.model), *batch, *settings])
+                command += ["--model-file", str(self.model), *batch, *settings]
+                worker = Worker(command, serving.choices_in(self.folder))
                 entry = Entry(stack.enter_context(worker), None)
                 worker.ready()
                 return entry
@@ -114,7 +115,8 @@ class Bench:
                 home = self.folder / candidate.client
                 home.mkdir()
                 given = ["--engine", self.options.engine, "--engine-block", str(self.options.rows), "--device", "cpu"]
-                server = serving.start(home, self.model, [*given, *shlex.split(self.options.serve_options)])
+                given += shlex.split(self.options.serve_options)
+                server = serving.start(home, self.model, given, choices=self.folder)
                 stack.callback(server.child.stop)
                 return self._asked(
                     candidate.client, server.url, server.child, batch, stack, {"ORACLE_API_KEY": server.key}
