@@ -4,9 +4,9 @@
 
 A step's queries are asked by the real client (`BlackBox` over `RemoteOracle`) of a real `oracle-server serve
 --allow-decoders`, once in each form, and every byte of the TCP streams between them is counted at a relay: HTTP's own
-lines and headers included, TCP's and IP's not. Forms ask the same queries: it is an error (exit status 1) if they are not
-charged alike, if their gradients differ by more than float32 rounding makes of any, or if CGE in the latent with a merged
-decoder sends less than 100 times fewer bytes up than as images.
+lines and headers included, TCP's and IP's not. Forms ask the same queries: it is an error (exit status 1) if they are
+not charged alike, if their gradients differ by more than float32 rounding makes of any, or if CGE in the latent with a
+merged decoder sends less than 100 times fewer bytes up than as images.
 
 Rounding is measured: as the distance of the gradient from images to the one computed in float64 from the same probes.
 """
@@ -136,11 +136,11 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, help="A weights file of the model; random weights without it.")
     parser.add_argument("--samples", type=int, default=10, help="Of a step; CGE in pixels takes one.")
     parser.add_argument("--query-rows", type=int, default=2048, help="Rows of a request, at most, as in train.")
-    parser.add_argument("--only", default="", help="Cases whose names contain this.")
+    parser.add_argument("--only", nargs="+", default=[""], help="Cases whose names contain one of these.")
     parser.add_argument("--engine", default="auto")
     options = parser.parse_args()
     print(heading("torch", "numpy", "httpx"), flush=True)
-    cases = [case for case in _cases(options.samples) if options.only in case.name]
+    cases = [case for case in _cases(options.samples) if any(part in case.name for part in options.only)]
     with ended_by_signal() as opened, torch.no_grad():
         folder = Path(opened.enter_context(tempfile.TemporaryDirectory()))
         model = models.write(options.model, options.weights, folder / "model.safetensors")
@@ -199,10 +199,10 @@ def _spent(oracle: RemoteOracle) -> int:
 def _gradient(estimator: zo.Estimator, points: Tensor, labels: Tensor, probed: Probed, query_rows: int) -> Tensor:
     """The estimate [n, d] at points [n, d], in requests as `defender_client.estimation` makes them."""
     group, told = max(1, query_rows // estimator.queries_per_sample(points.shape[1])), []
-    for start in range(0, len(points), group):
-        probes = estimator.ask_factored(points[start : start + group])
-        targets = labels[start : start + group].repeat_interleave(probes.p)
-        losses = cross_entropy(probed(probes, start).flatten(0, 1), targets)
+    for first in range(0, len(points), group):
+        probes = estimator.ask_factored(points[first : first + group])
+        targets = labels[first : first + group].repeat_interleave(probes.p)
+        losses = cross_entropy(probed(probes, first).flatten(0, 1), targets)
         told.append(estimator.tell(losses.view(probes.n, probes.p)))
     return torch.cat(told)
 

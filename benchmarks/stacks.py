@@ -32,9 +32,7 @@ def _stack(autoencoder: AutoencoderSpec | None, denoiser: str) -> Stack:
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
         stack = Stack(
-            StackSpec(
-                image_shape=IMAGE_SHAPE, classes=CLASSES, sigma=SIGMA, denoiser=named, autoencoder=autoencoder
-            )
+            StackSpec(image_shape=IMAGE_SHAPE, classes=CLASSES, sigma=SIGMA, denoiser=named, autoencoder=autoencoder)
         )
         if stack.autoencoder is not None:
             _keep_size(stack.autoencoder.decoder)
