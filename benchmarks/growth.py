@@ -188,14 +188,15 @@ def _latent(server: OurServer, folder: Path, opened: ExitStack, quick: bool) -> 
     oracle = opened.enter_context(RemoteOracle(server.url, server.key))
     generator = torch.Generator().manual_seed(0)
 
-    def turn(black_box: BlackBox, point: torch.Tensor) -> Turn:
-        return _estimate(black_box, zo.make("cge"), point)
+    black_boxes: dict[int, BlackBox] = {}
 
-    turns = {}
-    for latent in (48, 96) if quick else (48, 192, 768, 3072):
-        black_box = BlackBox(latent_stack(latent), oracle, _MAX_ROWS, "merged")
-        turns[latent] = partial(turn, black_box, torch.rand(1, latent, generator=generator))
-    return Axis("latent (CGE), 1 sample", "an estimate", turns)
+    def turn(latent: int) -> Turn:
+        if latent not in black_boxes:  # only now, so that memory has what a decoder takes beside the size that needs it
+            black_boxes[latent] = BlackBox(latent_stack(latent), oracle, _MAX_ROWS, "merged")
+        return _estimate(black_boxes[latent], zo.make("cge"), torch.rand(1, latent, generator=generator))
+
+    sizes = (48, 96) if quick else (48, 192, 768, 3072)
+    return Axis("latent (CGE), 1 sample", "an estimate", {size: partial(turn, size) for size in sizes})
 
 
 _AXES = {"rows": _rows, "clients": _clients, "directions": _directions, "latent": _latent}
