@@ -1,12 +1,12 @@
 """Certification throughput over HTTP: images and queries a second, and whether drawing noise stalls the oracle.
 
-    python -m benchmarks.certification [--weights FILE] [--n 1000] [--images 2] [--in-flight 1 2 4]
+    python -m benchmarks.certification [--weights FILE] [--n 1000] [--images 4] [--in-flight 1 2 4]
                                        [--denoiser none unet:3:16] [--rounds 5]
 
-`defender_client.certify` itself, against `oracle-server serve --allow-decoders` in a process of its own, with several
-requests in flight, and with the decoder merged into the oracle or images sent. Beside it, each in turn: the oracle's
-own rate (its engine in a process, on a batch in memory) and the defender's own (noise drawn, denoised and brought into
-the form that is sent, asked of nobody). Their bounds:
+What `defender_client.certify` does once its decoder is registered, against `oracle-server serve --allow-decoders` in a
+process of its own, with several requests in flight, and with the decoder merged into the oracle or images sent. Beside
+it, each in turn: the oracle's own rate (its engine in a process, on a batch in memory) and the defender's own (noise
+drawn, denoised and brought into the form that is sent, asked of nobody). Their bounds:
 
     shared   1 / (1 / oracle + 1 / defender)    where both share this machine's cores
     apart    min(oracle, defender)              where each has as many of its own
@@ -23,7 +23,7 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -55,7 +55,7 @@ class Turn:
         busy: share of the time in which the engine computed.
         wait: seconds that a request waited for the engine.
         sent: bytes of requests' bodies, of an image certified.
-        outcome: class and radius of each image, and the requests' labels and digests.
+        outcome: the certificate of each image, and the requests' labels and digests.
     """
 
     queries: float
@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--model", default="cifar-resnet20", help="cifar-resnet20, ..., or linear.")
     parser.add_argument("--weights", type=Path, help="A weights file of the model; random weights without it.")
     parser.add_argument("--n", type=int, default=1000, help=f"Draws of an image, after {_N0} that select its class.")
-    parser.add_argument("--images", type=int, default=2, help="Of a turn.")
+    parser.add_argument("--images", type=int, default=4, help="Of a turn.")
     parser.add_argument("--in-flight", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument(
         "--denoiser", nargs="+", default=["none", "unet:3:16"], help="none, or ARCHITECTURE:DEPTH:WIDTH; a table each."
@@ -84,9 +84,7 @@ def main() -> None:
     import numpy as np
 
     from benchmarks import models
-    from defender_client.progress import console
 
-    console.quiet = True  # the turns' own progress
     print(heading("torch", "onnxruntime", "numpy", "httpx", "uvicorn"), flush=True)
     with ended_by_signal() as opened:
         folder = Path(opened.enter_context(tempfile.TemporaryDirectory()))
@@ -170,23 +168,31 @@ def _case(form: Form, in_flight: int) -> str:
 
 
 def _certify(stack: Stack, test: ImageSet, form: Form, n: int, in_flight: int, server: OurServer) -> Turn:
-    """Certify the images, as a new run does."""
-    from defender_client.black_box import BlackBox
-    from defender_client.certify import certify
-    from defender_client.config import CertifyConfig
-    from defender_client.oracle_client import RemoteOracle
+    """Certify the images, as `defender_client.certify` does once the decoder is registered."""
+    import torch
 
-    settings = CertifyConfig(n0=_N0, n=n, query_form=form, in_flight=in_flight)
-    with tempfile.TemporaryDirectory() as folder, RemoteOracle(server.url, server.key) as oracle:
-        BlackBox(stack, oracle, 1, form)  # what a run does once, to register its decoder, is not of its throughput
+    from defender_client.certify import DefendedOracle
+    from defender_client.in_flight import Crew
+    from defender_client.oracle_client import RemoteOracle
+    from defender_client.smoothing import Smooth
+
+    with RemoteOracle(server.url, server.key) as oracle, Crew(in_flight) as crew:
+        base = DefendedOracle(stack, oracle, form=form)
+
+        def drawn() -> Iterator[tuple[torch.Tensor, torch.Generator]]:
+            for index, image in enumerate(test.floats(slice(None))):
+                base.start(f"certify/{index}")
+                yield image, torch.Generator().manual_seed(index)
+
+        smooth = Smooth(base, test.classes, stack.spec.sigma)
         before, began = [server.metric(name) for name in _METRICS], time.perf_counter()
-        rows = certify(stack, oracle, test, settings, 0, Path(folder) / "certified.tsv")
+        found = list(smooth.certify_each(drawn(), _N0, n, 0.001, 1000, partial(base.scores, crew=crew)))
         took = time.perf_counter() - began
         after = [server.metric(name) for name in _METRICS]
     inference, waited, requests = (b - a for a, b in zip(before, after, strict=True))
     sent = sum(request.bytes_up for request in oracle.log.requests.values())
     keys = {key.removeprefix(oracle.run_id) for key in oracle.log.requests}
-    outcome = frozenset({(row.idx, row.predict, row.radius) for row in rows} | keys)
+    outcome = frozenset({*enumerate(found)} | keys)
     queries = len(test) * (_N0 + n)
     return Turn(queries / took, inference / took, waited / requests, sent / len(test), outcome)
 
