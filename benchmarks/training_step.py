@@ -14,7 +14,6 @@ Cases: `cge-central` (2 d probes a sample: the public code), `cge-forward` (d + 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import shlex
 import sys
 import tempfile
@@ -369,13 +368,11 @@ class Stopwatch:
         self._start = 0.0
 
     def attach(self) -> None:
-        """Time `_PARTS` from now on, those that exist."""
+        """Time `_PARTS` from now on, those whose module is loaded and has them."""
         for name, place in _PARTS:
             module, _, path = place.partition(":")
             *outer, last = path.split(".")
-            if importlib.util.find_spec(module) is None:
-                continue
-            holder: Any = importlib.import_module(module)
+            holder: Any = sys.modules.get(module)
             for part in outer:
                 holder = getattr(holder, part, None)
             timed = getattr(holder, last, None)
