@@ -10,9 +10,13 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 from starlette.middleware import Middleware
 
-from oracle_server import routes_dashboard
+from oracle_server import routes_dashboard, routes_decoders
+from oracle_server.admission import Admission
+from oracle_server.batching import Batcher
+from oracle_server.decoders import Decoders
 from oracle_server.documentation import ANYWHERE, DESCRIPTION, TITLE, openapi
 from oracle_server.draining import DrainMiddleware
+from oracle_server.gate import Gate
 from oracle_server.guard import GuardMiddleware
 from oracle_server.ledger import Ledger
 from oracle_server.metrics import Metrics, MetricsMiddleware
@@ -24,6 +28,7 @@ from oracle_server.room import BodyRoom
 from oracle_server.routes import router
 from oracle_server.service import Service
 from oracle_server.settings import Settings
+from oracle_server.shedding import Shedder
 from oracle_server.sweeping import sweep
 from oracle_server.watch import Watch
 from shared.version import VERSION
@@ -55,7 +60,32 @@ def create_app(settings: Settings, oracle: Oracle | None = None) -> FastAPI:
         log.warning("ledger: released %d reservations that a server before this one left open", released)
     watch = Watch(ledger)
     room = BodyRoom(settings.max_bodies_bytes)
-    service = Service(settings, oracle, ledger, Metrics(ledger, watch), policy, watch, room)
+    metrics = Metrics(ledger, watch)
+    batcher = Batcher(
+        oracle.predict,
+        oracle.block,
+        wait=settings.batch_wait / 1000,
+        on_block=metrics.computed,
+        on_start=metrics.queue_wait.observe,
+    )
+    admission = Admission(settings.max_queue_rows, settings.max_queue_requests, lambda: batcher.rate)
+    metrics.queue_rows.set_function(lambda: admission.rows)
+    metrics.queue_requests.set_function(lambda: admission.requests)
+    gate = Gate()
+    # Half of it for a body within its limit, half to let go of one beyond it.
+    max_drained = 2 * settings.max_body_bytes
+    shedder = Shedder(
+        admission,
+        gate,
+        metrics,
+        image_shape=oracle.image_shape,
+        max_rows=settings.max_batch_rows,
+        max_body=max_drained,
+    )
+    decoders = Decoders(settings, oracle.image_shape)
+    service = Service(
+        settings, oracle, ledger, metrics, policy, watch, room, decoders, gate, batcher, admission, shedder
+    )
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -76,8 +106,7 @@ def create_app(settings: Settings, oracle: Oracle | None = None) -> FastAPI:
         responses=ANYWHERE,
         middleware=[  # the first is the outermost
             Middleware(MetricsMiddleware, metrics=service.metrics),
-            # Half of it for a body within its limit, half to let go of one beyond it.
-            Middleware(DrainMiddleware, limit=2 * settings.max_body_bytes, timeout=settings.body_timeout),
+            Middleware(DrainMiddleware, limit=max_drained, timeout=settings.body_timeout),
             Middleware(GuardMiddleware),
         ],
     )
@@ -85,6 +114,7 @@ def create_app(settings: Settings, oracle: Oracle | None = None) -> FastAPI:
     add_problem_handlers(app)
     app.include_router(router)
     app.include_router(routes_dashboard.router)
+    app.include_router(routes_decoders.router)
     document = openapi(app)
     app.openapi = lambda: document  # type: ignore[method-assign]  # FastAPI's way of changing it
     return app

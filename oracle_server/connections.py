@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import httptools
+from starlette.responses import Response
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from oracle_server.problems import problem_response
 from oracle_server.settings import Settings
+from oracle_server.shedding import Shed, Shedder
 from shared.wire.errors import HeadersTooLarge, MalformedRequest, OracleError, RequestTimeout, Unavailable
 
 # Connections beyond the limit that are still told why; those beyond these are closed without a word.
@@ -62,18 +64,21 @@ class _Refused(Exception):
     """Ends the parser's work on a connection that was refused."""
 
 
-def bounded_protocol(limits: ConnectionLimits, on_refusal: Callable[[int], object]) -> type[BoundedProtocol]:
+def bounded_protocol(
+    limits: ConnectionLimits, on_refusal: Callable[[int], object], shedder: Shedder
+) -> type[BoundedProtocol]:
     """A protocol for `uvicorn.Config(http=...)`, which makes its instances itself.
 
     Args:
         limits: what a connection may cost.
-        on_refusal: called with the status of each refusal that no application sees.
+        on_refusal: called with the status of each refusal that no application sees, and that ends its connection.
+        shedder: says which queries to refuse because the queue is full.
     """
 
     class Protocol(BoundedProtocol):
         pass
 
-    Protocol.limits, Protocol.on_refusal = limits, staticmethod(on_refusal)
+    Protocol.limits, Protocol.on_refusal, Protocol.shedder = limits, staticmethod(on_refusal), shedder
     return Protocol
 
 
@@ -82,6 +87,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     limits: ClassVar[ConnectionLimits]
     on_refusal: ClassVar[Callable[[int], object]]
+    shedder: ClassVar[Shedder]
 
     # Bytes since the parser last gave something away: a head in the making, a trailer, the frame of a chunk.
     _held = 0
@@ -90,6 +96,9 @@ class BoundedProtocol(HttpToolsProtocol):
     _refused = False
     _head_timer: asyncio.TimerHandle | None = None
     _answer_timer: asyncio.TimerHandle | None = None
+    _shed: Shed | None = None  # the refusal of the request whose body is dropped now
+    _shed_since = 0.0
+    _shed_timer: asyncio.TimerHandle | None = None
 
     # --- the connection ---
 
@@ -104,6 +113,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._head_arrived()
         self._answer_was_read()
+        self._body_arrived()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -148,23 +158,63 @@ class BoundedProtocol(HttpToolsProtocol):
         if error is not None:
             self._refuse(error)
             raise _Refused
-        super().on_headers_complete()
+        self._shed = self._look_for_room()
+        if self._shed is None:
+            super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
         self._held = 0
-        super().on_body(body)
+        if self._shed is None:
+            super().on_body(body)
+        elif self._shed_timer is None:  # it did not come with its head
+            self._shed_timer = self.loop.call_later(self.limits.answer_timeout, self._stop_waiting_for_body)
 
     def on_message_complete(self) -> None:
         self._held, self._in_head = 0, True
-        super().on_message_complete()
+        if self._shed is None:
+            super().on_message_complete()
+        else:
+            self._answer_shed(self._shed)
 
     def on_response_complete(self) -> None:
         if self._refused:  # of a later request on this connection: its sender got the answers it had coming
             self.transport.close()
         super().on_response_complete()
-        self._answer_was_read()
-        if self.transport.get_write_buffer_size():
-            self._answer_timer = self.loop.call_later(self.limits.answer_timeout, self._stop_waiting_for_reader)
+        self._expect_reader()
+
+    # --- shedding ---
+
+    def _look_for_room(self) -> Shed | None:
+        """The refusal of the request whose head is complete, if it is refused for want of room in the queue."""
+        owing = self.cycle is not None and not self.cycle.response_complete
+        # Of an answer that is not read, the application knows to wait until it is.
+        if owing or self.pipeline or self.transport.get_write_buffer_size() or not self.parser.should_keep_alive():
+            return None
+        shed = self.shedder.shed(self.parser.get_method(), self.url, self.headers)
+        if shed is not None:
+            self._shed_since = self.loop.time()
+        return shed
+
+    def _answer_shed(self, shed: Shed) -> None:
+        """The body has come to its end, so its sender will read what is said."""
+        end = self.loop.time()
+        self._shed = None
+        self._body_arrived()
+        response = problem_response(shed.error)
+        self.transport.write(self._encode(response))
+        self.server_state.total_requests += 1
+        self.shedder.answered(shed, end - self._shed_since, self.loop.time() - end, len(response.body))
+        self._expect_reader()
+        self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+
+    def _body_arrived(self) -> None:
+        if self._shed_timer is not None:
+            self._shed_timer.cancel()
+            self._shed_timer = None
+
+    def _stop_waiting_for_body(self) -> None:
+        self._shed_timer = None
+        self._refuse(RequestTimeout(f"the body did not arrive within {self.limits.answer_timeout:g} seconds"))
 
     # --- limits ---
 
@@ -199,6 +249,11 @@ class BoundedProtocol(HttpToolsProtocol):
         else:
             self.transport.close()  # nothing was said, so nothing is answered
 
+    def _expect_reader(self) -> None:
+        self._answer_was_read()
+        if self.transport.get_write_buffer_size():
+            self._answer_timer = self.loop.call_later(self.limits.answer_timeout, self._stop_waiting_for_reader)
+
     def _answer_was_read(self) -> None:
         if self._answer_timer is not None:
             self._answer_timer.cancel()
@@ -224,7 +279,9 @@ class BoundedProtocol(HttpToolsProtocol):
         else:  # its body will not come to an end
             cycle.disconnected = True
             cycle.message_event.set()
-        self.transport.write(self._encode(error))
+        response = problem_response(error)
+        response.headers["Connection"] = "close"
+        self.transport.write(self._encode(response))
         if self.transport.can_write_eof():
             self.transport.write_eof()
         self.loop.call_later(_LINGER_S, self.transport.close)
@@ -236,9 +293,7 @@ class BoundedProtocol(HttpToolsProtocol):
             return False
         return bool(self.pipeline) or cycle.response_started or not cycle.more_body
 
-    def _encode(self, error: OracleError) -> bytes:
-        response = problem_response(error)
-        response.headers["Connection"] = "close"
+    def _encode(self, response: Response) -> bytes:
         headers = [*self.server_state.default_headers, *response.raw_headers]
         lines = b"".join(name + b": " + value + b"\r\n" for name, value in headers)
-        return STATUS_LINE[error.status] + lines + b"\r\n" + bytes(response.body)
+        return STATUS_LINE[response.status_code] + lines + b"\r\n" + bytes(response.body)

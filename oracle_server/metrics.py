@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from oracle_server.ledger import Ledger
 from oracle_server.refusals import refusal_of
 from oracle_server.watch import Watch
+from shared.wire.errors import Overloaded
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _ROWS = tuple(float(2**i) for i in range(0, 14))
@@ -101,11 +102,35 @@ class Metrics:
         self.batch_rows = Histogram(
             "oracle_batch_rows", "Rows of an answered inference request.", buckets=_ROWS, registry=registry
         )
+        self.block_rows = Histogram(
+            "oracle_block_rows", "Rows the engine computed at once, of all requests.", buckets=_ROWS, registry=registry
+        )
         self.inference = Histogram(
-            "oracle_inference_seconds", "Time the engine took for a batch.", buckets=_SECONDS, registry=registry
+            "oracle_inference_seconds", "Time the engine took for a block.", buckets=_SECONDS, registry=registry
+        )
+        self.queue_rows = Gauge(
+            "oracle_queue_rows", "Rows of the requests let in and not answered yet.", registry=registry
+        )
+        self.queue_requests = Gauge("oracle_queue_requests", "Requests let in and not answered yet.", registry=registry)
+        self.overload = Histogram(
+            "oracle_overload_refusal_seconds",
+            "Time from the end of a request that found the queue full to the start of its refusal.",
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.queue_wait = Histogram(
+            "oracle_queue_wait_seconds",
+            "Time a request waited for the engine, until its first rows were taken.",
+            buckets=_SECONDS,
+            registry=registry,
         )
         self.received = Counter("oracle_received_bytes", "Bytes of request bodies received.", registry=registry)
         self.sent = Counter("oracle_sent_bytes", "Bytes of answers' bodies sent.", registry=registry)
+
+    def computed(self, rows: int, seconds: float) -> None:
+        """The engine has computed a block."""
+        self.block_rows.observe(rows)
+        self.inference.observe(seconds)
 
     def refusals_by_client(self) -> dict[str, dict[str, int]]:
         """How many requests were refused since this process started: by client ('' without a valid key) and code."""
@@ -151,16 +176,20 @@ class MetricsMiddleware:
             await self._app(scope, receive, send)
             return
         metrics, start, status = self._metrics, time.perf_counter(), "500"
+        arrived, refused_after = start, 0.0
 
         async def counting_receive() -> Message:
+            nonlocal arrived
             message = await receive()
+            arrived = time.perf_counter()
             metrics.received.inc(len(message.get("body", b"")))
             return message
 
         async def counting_send(message: Message) -> None:
-            nonlocal status
+            nonlocal status, refused_after
             if message["type"] == "http.response.start":
                 status = str(message["status"])
+                refused_after = time.perf_counter() - arrived
             metrics.sent.inc(len(message.get("body", b"")))
             await send(message)
 
@@ -170,5 +199,7 @@ class MetricsMiddleware:
             refusal = refusal_of(scope)
             if refusal is not None:
                 metrics.refusals.labels(*refusal).inc()
+                if refusal[1] == Overloaded.code:
+                    metrics.overload.observe(refused_after)
             metrics.requests.labels(status).inc()
             metrics.duration.observe(time.perf_counter() - start)

@@ -58,10 +58,11 @@ class Oracle:
         """Logits float32 [n, k] of rows whose images pass `check`."""
         starts = range(0, len(rows), self.block)
         return np.concatenate(
-            [self._predict(rows.images(start, min(start + self.block, len(rows)))) for start in starts]
+            [self.predict(rows.images(start, min(start + self.block, len(rows)))) for start in starts]
         )
 
-    def _predict(self, images: Float32) -> Float32:
+    def predict(self, images: Float32) -> Float32:
+        """Logits float32 [n, k] of images [n, c, h, w] that pass `check`; n at most `block`."""
         # torch only reads, but warns of arrays that it could not write to, such as views of a request's bytes.
         writable = images if images.flags.writeable and images.flags.aligned else images.copy()
         logits: Float32 = self._engine(torch.from_numpy(writable)).numpy()

@@ -20,6 +20,7 @@ from shared.wire.errors import (
     MethodNotAllowed,
     NotFound,
     OracleError,
+    Overloaded,
     Unauthorized,
     Unavailable,
 )
@@ -46,7 +47,8 @@ def problem_response(error: OracleError) -> Response:
         headers["Retry-After"] = str(math.ceil(error.retry_after))
     if isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
-    if isinstance(error, Unavailable):
+    # Not of an overload: to connect again costs both sides more than the refusal did.
+    if isinstance(error, Unavailable) and not isinstance(error, Overloaded):
         headers["Connection"] = "close"  # so that the next attempt may reach another replica
     return Problem(error, headers)
 

@@ -5,7 +5,6 @@ What a route may tell of the classifier is the shape of its inputs and outputs, 
 
 from __future__ import annotations
 
-import asyncio
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Path, Query, Request, Response, Security
@@ -19,6 +18,7 @@ from oracle_server.inference import answer, prepare
 from oracle_server.ledger import Client
 from oracle_server.refusals import CALLER
 from oracle_server.service import Service
+from oracle_server.shedding import is_length
 from shared.version import VERSION
 from shared.wire import protocol
 from shared.wire.errors import MalformedRequest, NotFound
@@ -39,7 +39,7 @@ Parts = Annotated[Service, Depends(get_service)]
 
 async def find_caller(service: Service, request: Request) -> Client:
     """The client whose key the request carries."""
-    client = await service.on_ledger(authenticate, _only(request, "Authorization"), service.ledger)
+    client = await service.on_ledger(authenticate, only(request, "Authorization"), service.ledger)
     setattr(request.state, CALLER, client.name)
     return client
 
@@ -59,7 +59,24 @@ async def get_visible_client(service: Parts, request: Request) -> str | None:
     return None if caller.is_admin else caller.name
 
 
+async def get_asker(
+    request: Request, service: Parts, _documented: Annotated[HTTPAuthorizationCredentials | None, Security(bearer)]
+) -> Client:
+    """`find_caller`, for a request that will be refused at once where there is no room for it in the queue.
+
+    Before its key is looked up: what costs the least to refuse is what nothing has been done for.
+    """
+    shed = service.shedder.look(request.headers.raw)
+    if shed is not None:
+        setattr(request.state, CALLER, shed.client)
+        raise shed.error
+    client = await find_caller(service, request)
+    service.admission.remember(request.headers["Authorization"].encode("latin-1"), client.id, client.name)
+    return client
+
+
 Caller = Annotated[Client, Depends(get_caller)]
+Asker = Annotated[Client, Depends(get_asker)]
 
 
 async def check_model(model: Annotated[str, Path(json_schema_extra={"enum": [protocol.MODEL_NAME]})]) -> None:
@@ -114,7 +131,12 @@ async def model_metadata(service: Parts) -> protocol.ModelMetadata:
         platform="opaque",
         inputs=(protocol.TensorMetadata(name=protocol.INPUT_NAME, datatype="FP32", shape=(-1, *oracle.image_shape)),),
         outputs=(protocol.TensorMetadata(name=protocol.OUTPUT_NAME, datatype="FP32", shape=(-1, oracle.classes)),),
-        parameters={**service.policy.announced(), "max_body_bytes": settings.max_body_bytes},
+        parameters={
+            **service.policy.announced(),
+            **service.decoders.announced(),
+            "max_body_bytes": settings.max_body_bytes,
+            protocol.FACTORED_PARAMETER: True,
+        },
     )
 
 
@@ -128,14 +150,20 @@ async def model_ready(service: Parts) -> dict[str, bool]:
 
 @versioned.post("/infer", include_in_schema=False)
 @unversioned.post("/infer", **INFER)
-async def infer(request: Request, service: Parts, caller: Caller) -> Response:
-    with service.policy.visit(caller.id) as visit, service.gate.enter(), service.room.share() as share:
+async def infer(request: Request, service: Parts, caller: Asker) -> Response:
+    with (
+        service.policy.visit(caller.id) as visit,
+        service.gate.enter(),
+        service.admission.enter(caller.id, service.shedder.rows_at_least(request.headers.raw)) as place,
+        service.room.share() as share,
+    ):
         settings = service.settings
-        idempotency_key = _idempotency_key(_only(request, protocol.IDEMPOTENCY_KEY_HEADER))
-        json_length = _json_length(_only(request, protocol.JSON_LENGTH_HEADER))
-        encoding = _only(request, "Content-Encoding") or ""
+        idempotency_key = _idempotency_key(only(request, protocol.IDEMPOTENCY_KEY_HEADER))
+        json_length = _json_length(only(request, protocol.JSON_LENGTH_HEADER))
+        encoding = only(request, "Content-Encoding") or ""
         body = await read_body(request, share, limit=settings.max_body_bytes, timeout=settings.body_timeout)
-        prepared = await asyncio.to_thread(prepare, service, body, encoding, json_length, share)
+        prepared = await service.on_bodies(prepare, service, caller.id, body, encoding, json_length, share)
+        place.resize(len(prepared.rows))
         await visit.admit(len(prepared.rows))
         answered = await answer(service, caller, idempotency_key, prepared)
     encoded, payment = answered.encoded, answered.payment
@@ -229,7 +257,7 @@ async def docs(request: Request) -> Response:
     return docs_page(request.app.openapi())
 
 
-def _only(request: Request, name: str) -> str | None:
+def only(request: Request, name: str) -> str | None:
     """A header that may be sent once, so that nobody between here and the sender reads another one than we do."""
     values = request.headers.getlist(name)
     if len(values) > 1:
@@ -248,8 +276,7 @@ def _idempotency_key(header: str | None) -> str | None:
 
 
 def _json_length(header: str | None) -> int | None:
-    # isdecimal alone would take the digits of every script, and int() an underscore.
-    if header is not None and not (header.isascii() and header.isdecimal() and len(header) <= 12):
+    if header is not None and not is_length(header.encode("latin-1")):
         raise MalformedRequest(f"{protocol.JSON_LENGTH_HEADER} must be a number of bytes")
     return None if header is None else int(header)
 

@@ -72,7 +72,9 @@ def make_server(app: FastAPI, settings: Settings, on_started: Callable[[], None]
         app,
         loop="uvloop",
         http=bounded_protocol(
-            ConnectionLimits.of(settings), lambda status: service.metrics.requests.labels(str(status)).inc()
+            ConnectionLimits.of(settings),
+            lambda status: service.metrics.requests.labels(str(status)).inc(),
+            service.shedder,
         ),
         ssl_context_factory=None if tls is None else lambda _config, _default: tls,
         ws="none",

@@ -1,7 +1,7 @@
-"""Threads that keep the event loop free: one computes, one writes the ledger.
+"""Threads that keep the event loop free: some read bodies, one reads the ledger, one the dashboard's numbers.
 
-One thread each on purpose. torch uses all cores for one batch already, and SQLite lets one writer in at a time; a
-second thread would only wait in a worse place.
+Each kind of work has threads of its own, so that none waits behind another's: a refusal behind a large body, or a key's
+look-up behind a page.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ T = TypeVar("T")
 
 
 class Worker:
-    """One thread; calls wait their turn in order."""
+    """So many threads; calls wait their turn in order."""
 
-    def __init__(self, name: str) -> None:
-        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
+    def __init__(self, name: str, threads: int = 1) -> None:
+        self._executor = ThreadPoolExecutor(max_workers=threads, thread_name_prefix=name)
 
     async def __call__(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run `function` in the thread; a call that has begun is finished even if its caller is cancelled."""
+        """Run `function` in a thread of them; a call that has begun is finished even if its caller is cancelled."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._executor, lambda: function(*args, **kwargs))
 
     def close(self) -> None:
-        """Finish what is queued and end the thread."""
+        """Finish what is queued and end the threads."""
         self._executor.shutdown(wait=True)

@@ -5,8 +5,10 @@
     ├── Unauthorized           401  no key, or one that is not known
     ├── Forbidden              403
     │   ├── ClientRevoked           the key was known once
+    │   ├── DecodersNotAllowed      the server takes no decoders (it was started without --allow-decoders)
     │   └── BudgetExhausted         the batch is larger than what is left; refused whole, nothing charged
     ├── NotFound               404  no such route, model or version
+    │   └── DecoderUnknown          this client has no such decoder here, or no longer: register it (again)
     ├── MethodNotAllowed       405
     ├── RequestTimeout         408  the headers or the body did not arrive in time
     ├── RequestInFlight        409  the same Idempotency-Key is being answered right now
@@ -16,7 +18,8 @@
     ├── RateLimited            429  with Retry-After
     ├── HeadersTooLarge        431  more headers, or more bytes of them, than the server takes
     ├── InternalError          500  the server's own fault
-    ├── Unavailable            503  with Retry-After: draining or overloaded
+    ├── Unavailable            503  with Retry-After: draining, or something it needs is not there
+    │   └── Overloaded              more is asked than can be computed; refused before anything was done
     └── UnexpectedAnswer       any  the peer's answer is not of this protocol (client side only)
 
 The server raises these and answers with `problem()` (RFC 9457 plus the protocol's `error` string); the client reads an
@@ -81,12 +84,20 @@ class ClientRevoked(Forbidden):
     code, title = "client-revoked", "This API key was revoked"
 
 
+class DecodersNotAllowed(Forbidden):
+    code, title = "decoders-not-allowed", "This server takes no decoders"
+
+
 class BudgetExhausted(Forbidden):
     code, title = "budget-exhausted", "The query budget does not cover this batch"
 
 
 class NotFound(OracleError):
     status, code, title = 404, "not-found", "Not found"
+
+
+class DecoderUnknown(NotFound):
+    code, title = "decoder-unknown", "This client has no such decoder here"
 
 
 class MethodNotAllowed(OracleError):
@@ -129,6 +140,10 @@ class Unavailable(OracleError):
     status, code, title = 503, "unavailable", "Temporarily unavailable"
 
 
+class Overloaded(Unavailable):
+    code, title = "overloaded", "More is asked than can be answered now"
+
+
 class UnexpectedAnswer(OracleError):
     """The peer does not speak this protocol, or not as we do; `status` is what it said, for an unknown error."""
 
@@ -140,8 +155,10 @@ _CLASSES: tuple[type[OracleError], ...] = (
     Unauthorized,
     Forbidden,
     ClientRevoked,
+    DecodersNotAllowed,
     BudgetExhausted,
     NotFound,
+    DecoderUnknown,
     MethodNotAllowed,
     RequestTimeout,
     RequestInFlight,
@@ -152,6 +169,7 @@ _CLASSES: tuple[type[OracleError], ...] = (
     HeadersTooLarge,
     InternalError,
     Unavailable,
+    Overloaded,
 )
 BY_CODE: dict[str, type[OracleError]] = {cls.code: cls for cls in _CLASSES}
 # For servers that are not ours: the status alone decides. The first class of each status is its most general one.

@@ -106,7 +106,7 @@ def test_training_and_certification_are_the_same_bit_for_bit(recorded: Path, tmp
 @pytest.mark.usefixtures("offline")
 def test_a_replay_that_was_killed_goes_on(recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, config = tmp_path / "again", tiny(tmp_path, *SETTINGS)
-    query = Replay.query
+    ask = Replay.ask
     kills = 0
     for number in itertools.count(2):
         left = number
@@ -116,10 +116,10 @@ def test_a_replay_that_was_killed_goes_on(recorded: Path, tmp_path: Path, monkey
             left -= 1
             if not left:
                 raise Killed
-            return query(self, *arguments, **options)
+            return ask(self, *arguments, **options)
 
         with monkeypatch.context() as patched:
-            patched.setattr(Replay, "query", dying)
+            patched.setattr(Replay, "ask", dying)
             try:
                 replay(config, run, recorded)
                 break
