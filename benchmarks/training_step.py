@@ -57,6 +57,7 @@ _LABEL_QUERIES = 2  # a sample and step, of the public code
 _PARTS = (
     ("denoise and encode", "defender_client.stack:Stack.front"),
     ("ask", "defender_client.zo.base:Estimator.ask"),
+    ("ask", "defender_client.zo.base:Estimator.ask_factored"),
     ("decode", "defender_client.stack:Stack.back"),
     ("encode request", "defender_client.request_key:encode"),
     ("digest request", "defender_client.request_key:digest"),
@@ -67,7 +68,7 @@ _PARTS = (
     ("backward", "torch:Tensor.backward"),
     ("optimizer", "torch.optim:Adam.step"),
 )
-_REST = "the rest"
+_REST = "the rest, and waiting for other threads"
 
 
 def main() -> None:
