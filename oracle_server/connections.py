@@ -214,7 +214,8 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _stop_waiting_for_body(self) -> None:
         self._shed_timer = None
-        self._refuse(RequestTimeout(f"the body did not arrive within {self.limits.answer_timeout:g} seconds"))
+        if self._shed is not None:
+            self._refuse(self._shed.error)  # whether or not it arrives, as with any answer to an endless body
 
     # --- limits ---
 
