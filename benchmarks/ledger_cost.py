@@ -29,7 +29,7 @@ import torch  # noqa: E402
 from oracle_support import Caller, Running, running  # noqa: E402
 
 from oracle_server.book import Charge, Payment, Reservation, Reserve  # noqa: E402
-from oracle_server.engines import EagerEngine  # noqa: E402
+from oracle_server.engines import build_block_engine  # noqa: E402
 from oracle_server.ledger import Client  # noqa: E402
 from oracle_server.oracle import Oracle  # noqa: E402
 from oracle_server.settings import Settings  # noqa: E402
@@ -75,7 +75,7 @@ def main() -> None:
     module = build_own("cifar-resnet20", channels=3, classes=10)
     assert module is not None
     module.eval()
-    oracle = Oracle(EagerEngine(module, torch.device("cpu"), 256), (3, 32, 32), 10)
+    oracle = Oracle(build_block_engine(module, (3, 32, 32)), (3, 32, 32), 10)
     images = np.random.default_rng(0).random((options.rows, 3, 32, 32), dtype=np.float32)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         settings = [Settings(ledger=f"{folder}/{name}.db") for name in ("with", "without")]

@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from defender_client.appending import drop_torn_line
-from defender_client.config import CertifyConfig, ConfigError
+from defender_client.black_box import BlackBox
+from defender_client.config import CertifyConfig, ConfigError, Form
+from defender_client.in_flight import Crew
 from defender_client.oracle import Oracle
 from defender_client.progress import meter
 from defender_client.smoothing import Smooth
@@ -44,19 +48,32 @@ class Row:
 class DefendedOracle:
     """The base classifier that is smoothed, f(Dec(Enc(D(x)))): a callable from images [n, c, h, w] to logits [n, k]."""
 
-    def __init__(self, stack: Stack, oracle: Oracle, purpose: str = PURPOSE) -> None:
-        self._stack, self._oracle, self._purpose = stack.eval(), oracle, purpose
+    def __init__(self, stack: Stack, oracle: Oracle, purpose: str = PURPOSE, form: Form = "auto") -> None:
+        self._stack, self._purpose = stack.eval(), purpose
+        self._black_box = BlackBox(stack, oracle, _BATCH, form)
         self._label, self._calls = purpose, 0
 
     def start(self, label: str) -> None:
         """Name the batches that follow; the same name and bytes are charged once."""
         self._label, self._calls = label, 0
 
-    @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
+        return self._asking(images)()
+
+    def scores(self, batches: Iterator[Tensor], crew: Crew) -> Iterator[Tensor]:
+        """Logits of each batch, in order; as many batches as the crew takes are denoised and asked about at a time.
+
+        Batches are named when they are taken from `batches`, which may call `start` meanwhile.
+        """
+        return crew.in_order(map(self._asking, batches))
+
+    def _asking(self, images: Tensor) -> Callable[[], Tensor]:
         self._calls += 1
-        asked = self._stack(images).numpy()
-        return torch.from_numpy(self._oracle.query(asked, purpose=self._purpose, label=f"{self._label}/{self._calls}"))
+        return partial(self._ask, images, f"{self._label}/{self._calls}")
+
+    @torch.no_grad()
+    def _ask(self, images: Tensor, label: str) -> Tensor:
+        return self._black_box.logits(self._stack.front(images), purpose=self._purpose, label=label)
 
 
 def read(path: Path) -> list[Row]:
@@ -92,29 +109,37 @@ def certify(stack: Stack, oracle: Oracle, test: ImageSet, settings: CertifyConfi
     done = {row.idx for row in rows}
     indices = range(min(settings.images or len(test), len(test)))
     todo = [index for index in indices if index not in done]
-    base = DefendedOracle(stack, oracle)
+    base = DefendedOracle(stack, oracle, form=settings.query_form)
     smooth = Smooth(base, stack.spec.classes, stack.spec.sigma)
     drop_torn_line(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+
+    def drawn() -> Iterator[tuple[Tensor, torch.Generator]]:
+        """The images left, each when its noise is drawn: while the oracle answers for those before it."""
+        for index in todo:
+            base.start(image_label(settings, seed, index))
+            yield test.floats(slice(index, index + 1))[0], torch.Generator().manual_seed(seed * 1_000_003 + index)
+
     with (
         path.open("a", encoding="utf-8") as tsv,
         meter("certify", len(indices), "images", len(indices) - len(todo)) as progress,
+        Crew(settings.in_flight) as crew,
     ):
         if tsv.tell() == 0:
             tsv.write(HEADER + "\n")
             tsv.flush()
-        for index in todo:
-            start = time.monotonic()
-            base.start(image_label(settings, seed, index))
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
-            image = test.floats(slice(index, index + 1))[0]
-            certificate = smooth.certify(image, settings.n0, settings.n, settings.alpha, _BATCH, generator)
+        certificates = smooth.certify_each(
+            drawn(), settings.n0, settings.n, settings.alpha, _BATCH, partial(base.scores, crew=crew)
+        )
+        start = time.monotonic()
+        for index, certificate in zip(todo, certificates, strict=True):
             label = int(test.labels[index])
             # Rounded down: a certificate must not gain from being written.
             radius = math.floor(certificate.radius * 1e6) / 1e6
             row = Row(index, label, certificate.label, radius, int(certificate.label == label))
             rows.append(row)
-            took = timedelta(seconds=time.monotonic() - start)
+            # Since the row before: images overlap, and their times still add up to the whole.
+            took, start = timedelta(seconds=time.monotonic() - start), time.monotonic()
             tsv.write(f"{row.idx}\t{row.label}\t{row.predict}\t{row.radius:.6f}\t{row.correct}\t{took}\n")
             tsv.flush()
             accuracy = sum(r.correct for r in rows) / len(rows)

@@ -150,13 +150,14 @@ def certify(
     n0: Annotated[int | None, typer.Option(help="Draws that choose the class.")] = None,
     n: Annotated[int | None, typer.Option(help="Draws that bound its probability.")] = None,
     alpha: Annotated[float | None, typer.Option(help="Probability that a certificate is wrong.")] = None,
+    in_flight: Annotated[int | None, typer.Option(help="Requests at a time; the rows are the same.")] = None,
     ca: Ca = None,
     record: Record = False,
     replay: ReplayedRun = None,
 ) -> None:
     """Certify the run's stack by randomized smoothing (Cohen et al. 2019); one row an image in certified.tsv."""
     with _reported_errors():
-        changed = {"images": images, "n0": n0, "n": n, "alpha": alpha}
+        changed = {"images": images, "n0": n0, "n": n, "alpha": alpha, "in_flight": in_flight}
         changes = {name: value for name, value in changed.items() if value is not None}
         source = _source(context, oracle, ca, record, replay)
         certified = jobs.certify_job(run, data, source, changes, _announcing("certification", source))

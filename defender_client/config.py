@@ -86,16 +86,29 @@ class PretrainConfig(_Section):
     weight_decay: NonNegativeFloat = 1e-5
 
 
+Form = Literal["auto", "merged", "factored", "images"]
+"""What is sent for a query: see `black_box`."""
+
+InFlight = Annotated[int, Field(ge=1, le=64)]
+"""Requests at a time; 1 is one after the other. Of no influence on any result, and may change when a run is resumed."""
+
+
 class TrainConfig(_Section):
     """Zeroth-order training. `schedule`: `constant`; `cosine` to zero; `paper`: Adam for the first third of the epochs,
-    then SGD at the same rate, divided by 10 for the last third (Zhang et al., ICLR 2022: 200 / 200 / 200)."""
+    then SGD at the same rate, divided by 10 for the last third (Zhang et al., ICLR 2022: 200 / 200 / 200).
+
+    `micro_batch`: samples that go through the stack at once, 0 for the whole batch; batch normalization takes its
+    statistics over them (see `estimation`)."""
 
     epochs: PositiveInt = 20
     batch: PositiveInt = 256
     lr: PositiveFloat = 1e-3
     schedule: Literal["constant", "cosine", "paper"] = "constant"
     weight_decay: NonNegativeFloat = 1e-5
+    micro_batch: NonNegativeInt = 0
     query_rows: PositiveInt = 2048
+    query_form: Form = "auto"
+    in_flight: InFlight = 2
     validate_every: PositiveInt = 1
     checkpoint_every: PositiveInt = 1
 
@@ -107,6 +120,8 @@ class CertifyConfig(_Section):
     n: PositiveInt = 10_000
     alpha: Annotated[float, Field(gt=0, lt=0.5)] = 0.001
     images: NonNegativeInt = 0
+    query_form: Form = "auto"
+    in_flight: InFlight = 2
 
 
 class RunConfig(_Section):
@@ -200,13 +215,30 @@ def _validated(values: Mapping[str, Any]) -> RunConfig:
 def save(config: RunConfig, run: Path) -> None:
     """Write the configuration beside its run, or check that it is the one the run was started with.
 
+    The number of requests in flight may differ, and is then written anew.
+
     Raises:
         ConfigError: `run` was started with other values; the message lists them.
     """
     if (run / CONFIG_FILE).exists():
-        _check_same(load(run), config, f"{run} was started with another configuration", "choose another --out")
-        return
+        saved = load(run)
+        _check_same(
+            _settled(saved), _settled(config), f"{run} was started with another configuration", "choose another --out"
+        )
+        if saved == config:
+            return
     _write(config, run / CONFIG_FILE)
+
+
+def _settled(config: RunConfig) -> RunConfig:
+    """A configuration but for what may change within a run: how many requests are in flight."""
+    train, certify = config.train, config.certify
+    return config.model_copy(
+        update={
+            "train": train.model_copy(update={"in_flight": 1}),
+            "certify": certify.model_copy(update={"in_flight": 1}),
+        }
+    )
 
 
 def load(run: Path) -> RunConfig:
@@ -225,7 +257,7 @@ def certify_settings(config: RunConfig, run: Path, changes: Mapping[str, Any]) -
 
     Raises:
         ConfigError: values out of range, or other than those of the rows that are there already. The number of images
-            may change: it only says how far to go.
+            may change, which only says how far to go, and that of requests in flight.
     """
     path = run / CERTIFY_FILE
     try:
@@ -234,7 +266,7 @@ def certify_settings(config: RunConfig, run: Path, changes: Mapping[str, Any]) -
     except ValidationError as error:
         raise ConfigError(f"certification: {error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}") from None
     if started is not None:
-        same = started.model_copy(update={"images": settings.images})
+        same = started.model_copy(update={"images": settings.images, "in_flight": settings.in_flight})
         _check_same(
             same, settings, f"{run} was certified with other settings", "move its certified.tsv and certify.json away"
         )

@@ -117,7 +117,7 @@ def _own_oracle(out: Path) -> Iterator[LiveOracle]:
     log_path = out / "oracle.log"
     with log_path.open("w", encoding="utf-8") as log:
         process = subprocess.Popen(  # noqa: S603
-            [str(server), "serve", "--model", "digits-cnn", "--port", "0", "--ledger", ledger],
+            [str(server), "serve", "--model", "digits-cnn", "--port", "0", "--ledger", ledger, "--allow-decoders"],
             stdout=log,
             stderr=subprocess.STDOUT,
             env={**os.environ, "PYTHONUNBUFFERED": "1"},

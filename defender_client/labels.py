@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import safetensors.torch
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from defender_client.config import ConfigError
+from defender_client.in_flight import Crew
 from defender_client.losses import stability_labels
 from defender_client.oracle import Oracle
 from defender_client.progress import meter
@@ -25,7 +29,9 @@ def bought(run: Path) -> bool:
     return (run / LABELS_FILE).exists()
 
 
-def oracle_labels(run: Path, oracle: Oracle, sets: dict[str, ImageSet], rows: int) -> dict[str, Tensor]:
+def oracle_labels(
+    run: Path, oracle: Oracle, sets: dict[str, ImageSet], rows: int, in_flight: int = 1
+) -> dict[str, Tensor]:
     """Labels int64 [n] of each set, from the oracle's answers to its clean images; one query per image, once per run.
 
     Interrupted, it asks again under the same keys, which the server answers without a second charge.
@@ -34,6 +40,7 @@ def oracle_labels(run: Path, oracle: Oracle, sets: dict[str, ImageSet], rows: in
         run: the run's directory; the answers are kept there.
         sets: image sets by name.
         rows: images per request.
+        in_flight: requests at a time.
 
     Raises:
         ConfigError: the labels kept are of another number of images.
@@ -41,13 +48,15 @@ def oracle_labels(run: Path, oracle: Oracle, sets: dict[str, ImageSet], rows: in
     path = run / LABELS_FILE
     if not path.exists():
         logits: dict[str, Tensor] = {}
-        with meter("oracle labels", sum(len(images) for images in sets.values()), "images") as progress:
+        with (
+            meter("oracle labels", sum(len(images) for images in sets.values()), "images") as progress,
+            Crew(in_flight) as crew,
+        ):
             for name, images in sets.items():
                 parts = [np.empty((0, oracle.info.classes), np.float32)]
-                for start in range(0, len(images), rows):
-                    batch = images.floats(slice(start, start + rows)).numpy()
-                    parts.append(oracle.query(batch, purpose=PURPOSE, label=f"{PURPOSE}/{name}/{start}"))
-                    progress.advance(len(batch), spent=oracle.log.total, left=oracle.remaining)
+                for answers in crew.in_order(_questions(oracle, name, images, rows)):
+                    parts.append(answers)
+                    progress.advance(len(answers), spent=oracle.log.total, left=oracle.remaining)
                 logits[name] = torch.from_numpy(np.concatenate(parts))
         write_safetensors(logits, path, {})
     kept = safetensors.torch.load_file(path)
@@ -58,3 +67,9 @@ def oracle_labels(run: Path, oracle: Oracle, sets: dict[str, ImageSet], rows: in
                 "this run was started with other data"
             )
     return {name: stability_labels(answers) for name, answers in kept.items()}
+
+
+def _questions(oracle: Oracle, name: str, images: ImageSet, rows: int) -> Iterator[Callable[[], NDArray[np.float32]]]:
+    for start in range(0, len(images), rows):
+        batch = images.floats(slice(start, start + rows)).numpy()
+        yield partial(oracle.query, batch, purpose=PURPOSE, label=f"{PURPOSE}/{name}/{start}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Annotated, Literal, Protocol, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +11,9 @@ from pydantic import BaseModel, ConfigDict, PositiveInt, Strict
 
 from defender_client.query_log import QueryLog
 from shared.wire import protocol
+
+if TYPE_CHECKING:
+    from defender_client.questions import Question
 
 Scores = Literal["logits", "probabilities", "label"]
 """What a vector of k scores is: logits; probabilities; 1 at the label and 0 elsewhere."""
@@ -22,6 +25,10 @@ _TINY = np.finfo(np.float32).tiny
 _Count = Annotated[PositiveInt, Strict()]
 
 
+class WaitGivenUp(Exception):
+    """A request was not made, or not again, because it would have had to wait: see `Oracle.stop_waiting`."""
+
+
 class OracleInfo(BaseModel):
     """What the oracle says of itself.
 
@@ -30,6 +37,10 @@ class OracleInfo(BaseModel):
         classes: length k of a vector of scores.
         max_rows: the largest batch it takes in one request, by its own limits on rows and on bytes.
         scores: what its scores are.
+        row_limit: the largest number of rows in one request, if it says so, whatever their size.
+        body_limit: the largest request, in bytes, if it says so.
+        factored: whether it reads factored batches (`shared.wire.probes`).
+        decoders: whether a decoder can be registered with it, and merged into its classifier.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -38,6 +49,10 @@ class OracleInfo(BaseModel):
     classes: _Count
     max_rows: _Count
     scores: Scores = "logits"
+    row_limit: _Count | None = None
+    body_limit: _Count | None = None
+    factored: bool = False
+    decoders: bool = False
 
     def logits(self, scores: NDArray[np.float32]) -> NDArray[np.float32]:
         """Scores [n, k] as logits [n, k], float32.
@@ -50,7 +65,10 @@ class OracleInfo(BaseModel):
 
 
 class Oracle(Protocol):
-    """A classifier that may only be asked: what training, certification and the plan use of it."""
+    """A classifier that may only be asked: what training, certification and the plan use of it.
+
+    `query` may be called by several threads at once; what an answer is and costs does not depend on their order.
+    """
 
     @property
     def info(self) -> OracleInfo:
@@ -77,6 +95,20 @@ class Oracle(Protocol):
             purpose: what the queries are for (`labels`, `train`, `certify`, ...); kept in the log.
             label: names this batch within the run.
         """
+
+    def ask(self, question: Question, *, purpose: str, label: str) -> NDArray[np.float32]:
+        """Logits float32 [rows, k] of a question's rows; arguments as `query`.
+
+        The question must be of a form that `info` says it takes.
+        """
+
+    def register(self, decoder: bytes) -> str | None:
+        """Have a decoder's file (`shared.models.decoder`) merged into the classifier; its id, or None where this oracle
+        does not take it. Costs no query; the same file has the same id, however often it is registered."""
+
+    def stop_waiting(self) -> None:
+        """From now on no request waits for long, for the server's limits or for a connection; those that wait, or would
+        have to, raise `WaitGivenUp`. May be called by a signal's handler."""
 
     def budget(self) -> protocol.BudgetStatement | None:
         """The caller's account; None where none is kept."""

@@ -13,17 +13,18 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 
 from defender_client import certify, checkpoints, labels, noise_floor, zo
+from defender_client.black_box import best_form
 from defender_client.checkpoints import CHECKPOINT_FILE, Progress
 from defender_client.config import RunConfig
 from defender_client.data import gaussian
-from defender_client.oracle import Oracle
+from defender_client.oracle import Oracle, OracleInfo
 from defender_client.pretrain import fresh_stack
 from defender_client.query_log import LOG_FILE, QueryLog
 from defender_client.request_key import RequestKey
 from defender_client.stack import StackSpec
 from shared.wire.errors import NotFound
 
-_FLOAT32 = 4
+_FLOAT32, _SEED = 4, 8  # bytes
 _TRIAL_SECONDS = 1.0
 
 
@@ -45,7 +46,7 @@ class Plan:
     Attributes:
         noise, labels, training, validation, certification: queries still to buy; `noise` measures the noise floor.
         samples: training samples still to go through the stack.
-        bytes_up, bytes_down: tensor bytes of all those queries, float32.
+        bytes_up, bytes_down: tensor bytes of all those queries, in the form that the oracle takes them.
         seconds: time for training, or None where the oracle's speed is not known yet.
         remaining: the budget's queries left; None for a server that keeps none.
     """
@@ -133,11 +134,32 @@ def plan(
         validation=checks,
         certification=certification,
         samples=samples,
-        bytes_up=total * math.prod(spec.image_shape) * _FLOAT32,
+        bytes_up=_bytes_up(config, spec, oracle.info, samples, queries, checks, certification, noise + bought),
         bytes_down=total * spec.classes * _FLOAT32,
         seconds=seconds,
         remaining=budget.remaining if budget is not None else None,
     )
+
+
+def _bytes_up(
+    config: RunConfig,
+    spec: StackSpec,
+    info: OracleInfo,
+    samples: int,
+    queries: int,
+    checks: int,
+    certification: int,
+    others: int,
+) -> int:
+    """Tensor bytes of the requests in the form that the oracle takes; what a request has but once is left out."""
+    image = math.prod(spec.image_shape) * _FLOAT32
+    point = image if spec.autoencoder is None else spec.autoencoder.latent * _FLOAT32
+    best = best_form(spec, info)
+    train, certify_ = ({"auto": best}.get(form, form) for form in (config.train.query_form, config.certify.query_form))
+    seed = _SEED if config.estimator.name == "rge" else 0
+    training = queries * image if train == "images" else samples * (point + seed)
+    checking = checks * (point if train == "merged" else image)
+    return training + checking + certification * (point if certify_ == "merged" else image) + others * image
 
 
 def queries_per_sample(config: RunConfig, spec: StackSpec) -> int:

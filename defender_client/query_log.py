@@ -10,6 +10,7 @@ again splits its batches as before; and an answer taken from a recording (`repla
 from __future__ import annotations
 
 import json
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -55,11 +56,15 @@ class ReplayedAnswer:
 
 
 class QueryLog:
-    """Append-only log of requests, kept in `path`; `path=None` keeps it in memory only."""
+    """Append-only log of requests, kept in `path`; `path=None` keeps it in memory only.
+
+    Several threads may use it; its lines then stand in the order in which things happened.
+    """
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
         self._file: IO[str] | None = None
+        self._lock = threading.RLock()
         self.requests: dict[str, LoggedRequest] = {}
         self.charged: Counter[str] = Counter()  # queries by purpose
         self.max_rows: int | None = None  # of a batch, as refusals taught it
@@ -84,20 +89,23 @@ class QueryLog:
 
     def sending(self, key: str, purpose: str, rows: int) -> None:
         """A request is about to be sent (for the first time or again)."""
-        if key not in self.requests or self.requests[key].refused:
-            self._append({"key": key, "purpose": purpose, "rows": rows, "at": datetime.now(UTC).isoformat()})
+        with self._lock:
+            if key not in self.requests or self.requests[key].refused:
+                self._append({"key": key, "purpose": purpose, "rows": rows, "at": datetime.now(UTC).isoformat()})
 
     def answered(self, key: str, charged: int, *, receipt: str | None, bytes_up: int, bytes_down: int) -> None:
         """The answer of a request was read; `charged` is the server's Query-Charge, 0 for a replay.
 
         A replay of a charge whose answer was lost settles it: the rows it had been charged are counted now.
         """
-        total = self._settled(key, charged)
-        self._append({"key": key, "charged": total, "receipt": receipt, "up": bytes_up, "down": bytes_down})
+        with self._lock:
+            total = self._settled(key, charged)
+            self._append({"key": key, "charged": total, "receipt": receipt, "up": bytes_up, "down": bytes_down})
 
     def total_after(self, key: str, charged: int) -> int:
         """What `total` will be once `answered` was told of this charge."""
-        return self.total - (self.requests[key].charged or 0) + self._settled(key, charged)
+        with self._lock:
+            return self.total - (self.requests[key].charged or 0) + self._settled(key, charged)
 
     def _settled(self, key: str, charged: int) -> int:
         """Queries charged for a request in all, with this answer's charge."""
@@ -112,40 +120,52 @@ class QueryLog:
 
     def learn_max_rows(self, rows: int) -> None:
         """The server refused a larger batch; a limit above one that is known already teaches nothing."""
-        if self.max_rows is None or rows < self.max_rows:
-            self._append({"max_rows": rows, "at": datetime.now(UTC).isoformat()})
+        with self._lock:
+            if self.max_rows is None or rows < self.max_rows:
+                self._append({"max_rows": rows, "at": datetime.now(UTC).isoformat()})
 
     def replayed(self, answer: ReplayedAnswer) -> None:
         """An answer was taken from a recording."""
         self._append({"replayed": asdict(answer)})
 
+    def in_doubt(self, key: str) -> bool:
+        """Whether a request was sent and its answer never came: it may have been charged."""
+        with self._lock:
+            known = self.requests.get(key)
+            return known is not None and known.charged is None and not known.refused
+
     def last_asked(self, run_and_label: str) -> LoggedRequest | None:
         """The request last sent under RUN/LABEL; None if there is none, or if it was refused as too large."""
-        key = self._asked.get(run_and_label)
-        if key is None or self.requests[key].refused == TooLarge.code:
-            return None
-        return self.requests[key]
+        with self._lock:
+            key = self._asked.get(run_and_label)
+            if key is None or self.requests[key].refused == TooLarge.code:
+                return None
+            return self.requests[key]
 
     @property
     def total(self) -> int:
         """Queries charged in all answered requests."""
-        return self.charged.total()
+        with self._lock:
+            return self.charged.total()
 
     @property
     def replayed_rows(self) -> int:
         """Rows answered from a recording, at no query."""
-        return sum(answer.rows for answer in self.replays.values())
+        with self._lock:
+            return sum(answer.rows for answer in self.replays.values())
 
     @property
     def unanswered(self) -> list[LoggedRequest]:
         """Requests sent whose answer never came: the server may or may not have charged them."""
-        return [request for request in self.requests.values() if request.charged is None and not request.refused]
+        with self._lock:
+            return [request for request in self.requests.values() if request.charged is None and not request.refused]
 
     def close(self) -> None:
         """Close the file."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        with self._lock:
+            if self._file is not None:
+                self._file.close()
+                self._file = None
 
     def _load(self, path: Path) -> int:
         """Apply the file's whole lines; returns where the last one ends."""
@@ -162,11 +182,12 @@ class QueryLog:
         return whole
 
     def _append(self, line: dict[str, Any]) -> None:
-        self._apply(line)
-        if self._file is not None:
-            self._file.write(json.dumps(line, separators=(",", ":")) + "\n")
-            # To the operating system: it survives this process, which is what can be killed.
-            self._file.flush()
+        with self._lock:
+            self._apply(line)
+            if self._file is not None:
+                self._file.write(json.dumps(line, separators=(",", ":")) + "\n")
+                # To the operating system: it survives this process, which is what can be killed.
+                self._file.flush()
 
     def _apply(self, line: dict[str, Any]) -> None:
         if "max_rows" in line:

@@ -17,7 +17,9 @@ is the one which the run, killed in between, went on with.
 from __future__ import annotations
 
 import hashlib
+import os
 import struct
+import threading
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -102,7 +104,7 @@ class RecordedAnswer:
 
 
 class Recorder:
-    """Adds to a run's recording; a record that a kill cut off is dropped first.
+    """Adds to a run's recording; a record that a kill cut off is dropped first. Several threads may use it.
 
     Raises:
         RecordingDamaged: the file is not as it was written.
@@ -110,6 +112,7 @@ class Recorder:
 
     def __init__(self, path: Path) -> None:
         self._described: OracleInfo | None = None
+        self._lock = threading.RLock()
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file: IO[bytes] = path.open("ab+")
         try:
@@ -125,9 +128,10 @@ class Recorder:
 
     def describe(self, info: OracleInfo) -> None:
         """Keep what the oracle says of itself, if it is not what it said before."""
-        if info != self._described:
-            self._append(_OracleHeader(info=info), b"")
-            self._described = info
+        with self._lock:
+            if info != self._described:
+                self._append(_OracleHeader(info=info), b"")
+                self._described = info
 
     def keep(self, key: str, scores: NDArray[np.float32], cost: int) -> None:
         """Keep an answer: scores [n, k], and the queries that the run has paid in all, these included."""
@@ -138,18 +142,20 @@ class Recorder:
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        with self._lock:
+            self._file.close()
 
     def _append(self, header: BaseModel, payload: bytes) -> None:
         head = header.model_dump_json().encode()
         lengths = _LENGTHS.pack(_MAGIC, len(head), len(payload), zlib.crc32(head))
-        self._file.write(lengths + _CHECK.pack(zlib.crc32(lengths)) + head + payload)
-        # To the operating system: it survives this process, which is what can be killed.
-        self._file.flush()
+        with self._lock:
+            self._file.write(lengths + _CHECK.pack(zlib.crc32(lengths)) + head + payload)
+            # To the operating system: it survives this process, which is what can be killed.
+            self._file.flush()
 
 
 class Recording:
-    """A run's recording, to be read: answers are found by an index and read one by one.
+    """A run's recording, to be read: answers are found by an index and read one by one, by several threads if need be.
 
     Args:
         run: the directory of the run that was recorded.
@@ -199,8 +205,7 @@ class Recording:
 
     def read(self, answer: RecordedAnswer) -> NDArray[np.float32]:
         """An answer's scores [rows, classes]; RecordingDamaged if they are not what was written."""
-        self._file.seek(answer.offset)
-        payload = self._file.read(answer.rows * answer.classes * _FLOAT32.itemsize)
+        payload = os.pread(self._file.fileno(), answer.rows * answer.classes * _FLOAT32.itemsize, answer.offset)
         if hashlib.sha256(payload).hexdigest() != answer.sha256:
             raise RecordingDamaged(f"{self._path} is damaged: the answer to {answer.key} is not what was recorded")
         return np.frombuffer(payload, _FLOAT32).reshape(answer.rows, answer.classes).astype(np.float32)

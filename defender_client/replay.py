@@ -6,6 +6,7 @@ when they were bought, whatever the limits were then: the recording says how man
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import NoReturn
 
@@ -15,7 +16,9 @@ from numpy.typing import NDArray
 from defender_client import request_key
 from defender_client.oracle import OracleInfo
 from defender_client.query_log import QueryLog, ReplayedAnswer
+from defender_client.questions import Images, Question
 from defender_client.recording import NotRecorded, RecordedAnswer, Recording
+from shared.models.decoder import decoder_id, read
 from shared.wire import protocol
 from shared.wire.errors import NotFound
 
@@ -30,8 +33,13 @@ class Replay:
 
     def __init__(self, recording: Recording, log: QueryLog) -> None:
         self._recording, self.log = recording, log
-        # A replay that was killed goes on where it was.
-        self._cost = next((answer.cost for answer in reversed(log.replays.values())), 0)
+        self._lock = threading.Lock()
+        # By purpose: the largest cost of its answers so far. Those of one step came in an order of their own, and the
+        # run had paid for the step when it had the last of them.
+        self._costs: dict[str, int] = {}
+        self._cost = 0
+        for answer in log.replays.values():  # a replay that was killed goes on where it was
+            self._pay(answer)
 
     @property
     def info(self) -> OracleInfo:
@@ -44,11 +52,18 @@ class Replay:
 
     @property
     def cost(self) -> int:
-        """What the recorded run had paid when it got the last answer."""
+        """What the recorded run had paid when it had all the answers that this one got for its last purpose."""
         return self._cost
 
+    def stop_waiting(self) -> None:
+        """A recording never waits."""
+
     def query(self, images: NDArray[np.float32], *, purpose: str, label: str) -> NDArray[np.float32]:
-        """Logits of a batch, as they were answered when it was recorded; arguments as `Oracle.query`.
+        """Logits of a batch, as `ask` has them; arguments as `Oracle.query`."""
+        return self.ask(Images(images), purpose=purpose, label=label)
+
+    def ask(self, question: Question, *, purpose: str, label: str) -> NDArray[np.float32]:
+        """Logits of a question's rows, as they were answered when it was recorded; arguments as `Oracle.ask`.
 
         Raises:
             NotRecorded: the recording has no such request.
@@ -56,23 +71,29 @@ class Replay:
         """
         parts: list[NDArray[np.float32]] = []
         start = 0
-        while not parts or start < len(images):
-            answer = self._find(images[start:], f"{label}/{start}")
+        while not parts or start < len(question):
+            answer = self._find(question.take(start, len(question)) if start else question, f"{label}/{start}")
             parts.append(answer.oracle.logits(self._recording.read(answer)))
-            self._cost = answer.cost
-            self.log.replayed(ReplayedAnswer(str(answer.key), purpose, answer.rows, answer.cost))
+            replayed = ReplayedAnswer(str(answer.key), purpose, answer.rows, answer.cost)
+            with self._lock:
+                self._pay(replayed)
+                self.log.replayed(replayed)
             start += answer.rows
         return np.concatenate(parts)
 
-    def _find(self, images: NDArray[np.float32], label: str) -> RecordedAnswer:
-        """The newest answer under `label` to the first of these images, however many it took."""
+    def _pay(self, answer: ReplayedAnswer) -> None:
+        self._cost = self._costs[answer.purpose] = max(answer.cost, self._costs.get(answer.purpose, 0))
+
+    def _find(self, question: Question, label: str) -> RecordedAnswer:
+        """The newest answer under `label` to the first of these rows, however many it took."""
         recorded = self._recording.answers(label)
         digests: dict[int, str] = {}
         for answer in recorded:
-            if answer.rows > len(images) or (answer.rows == 0 and len(images)):
+            if answer.rows > len(question) or (answer.rows == 0 and len(question)):
                 continue
             if answer.rows not in digests:
-                digests[answer.rows] = request_key.digest(request_key.encode(images[: answer.rows]))
+                first = question if answer.rows == len(question) else question.take(0, answer.rows)
+                digests[answer.rows] = request_key.digest(first.encode())
             if digests[answer.rows] == answer.key.digest:
                 return answer
         self._refuse(label, other_images=bool(recorded))
@@ -88,6 +109,10 @@ class Replay:
             "or it goes further than that one went"
         )
         raise NotRecorded(f"the recording of {self._recording.run} has {what}: {why}")
+
+    def register(self, decoder: bytes) -> str | None:
+        """The decoder's id, if it was registered when it was recorded."""
+        return decoder_id(*read(decoder)) if self.info.decoders else None
 
     def budget(self) -> None:
         """A recording keeps no account."""

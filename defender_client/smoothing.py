@@ -6,13 +6,17 @@ After Cohen, Rosenfeld and Kolter, "Certified Adversarial Robustness via Randomi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from math import isfinite
 
 import torch
 from scipy.stats import beta, binomtest, norm
 from torch import Tensor
+
+Scored = Callable[[Iterator[Tensor]], Iterator[Tensor]]
+"""From batches of images [b, c, h, w] to the scores [b, classes] of each, in the same order."""
 
 ABSTAIN = -1
 """The label of an ordinary outcome: the votes do not tell the classes apart at the confidence asked for."""
@@ -146,9 +150,46 @@ class Smooth:
         Raises:
             ValueError: an argument out of range, or scores that are NaN or not [b, classes].
         """
+        return next(self.certify_each([(x, generator)], n0, n, alpha, batch))
+
+    @torch.no_grad()
+    def certify_each(
+        self,
+        images: Iterable[tuple[Tensor, torch.Generator]],
+        n0: int,
+        n: int,
+        alpha: float,
+        batch: int,
+        scored: Scored | None = None,
+    ) -> Iterator[Certificate]:
+        """`certify` of several images, in their order, each with the generator of its noise.
+
+        Which draws are made does not depend on any answer, so that the noise of the next batches, and of the next
+        images, may be drawn while those before are scored.
+
+        Args:
+            images: one after the other, taken when their noise is drawn.
+            n0, n, alpha, batch: as for `certify`.
+            scored: from batches of noisy images to the scores of each, in the same order; it may take batches ahead of
+                the scores that it gives. `base` by default, one batch after the other.
+
+        Raises:
+            ValueError: as for `certify`.
+        """
         _check_alpha(alpha)
-        selected = int(self._votes(x, n0, batch, generator).argmax())
-        successes = int(self._votes(x, n, batch, generator)[selected])
+
+        def batches() -> Iterator[Tensor]:
+            for x, generator in images:
+                for draws in (n0, n):
+                    yield from self._noisy_copies(x, draws, batch, generator)
+
+        scores = (scored or self._one_by_one)(batches())
+        while (first := next(scores, None)) is not None:
+            selected = int(self._votes(chain([first], scores), n0, batch).argmax())
+            successes = int(self._votes(scores, n, batch)[selected])
+            yield self._certificate(selected, successes, n0, n, alpha)
+
+    def _certificate(self, selected: int, successes: int, n0: int, n: int, alpha: float) -> Certificate:
         pa_lower = lower_confidence_bound(successes, n, alpha)
         certain = pa_lower > 0.5
         return Certificate(
@@ -170,7 +211,7 @@ class Smooth:
         Args, errors: as for `certify`. The cost is n queries.
         """
         _check_alpha(alpha)
-        votes = self._votes(x, n, batch, generator)
+        votes = self._votes(self._one_by_one(self._noisy_copies(x, n, batch, generator)), n, batch)
         first, second = votes.topk(2).indices.tolist()
         count_a, count_b = int(votes[first]), int(votes[second])
         # Two-sided binomial test of n_A ~ Binomial(n_A + n_B, 1/2) (Hung and Fithian 2019)
@@ -178,16 +219,23 @@ class Smooth:
         return ABSTAIN if undecided else int(first)
 
     @torch.no_grad()
-    def _votes(self, x: Tensor, n: int, batch: int, generator: torch.Generator) -> Tensor:
-        """Votes [classes], int64 on the CPU, of `n` noisy copies of x."""
+    def _one_by_one(self, batches: Iterator[Tensor]) -> Iterator[Tensor]:
+        return map(self.base, batches)
+
+    @torch.no_grad()
+    def _votes(self, scores: Iterator[Tensor], draws: int, batch: int) -> Tensor:
+        """Votes [classes], int64 on the CPU, of the next `draws` noisy copies, from their scores in batches."""
+        _check_draws(draws, batch)
         counts = torch.zeros(self.classes, dtype=torch.int64)
-        for images in self._noisy_copies(x, n, batch, generator):
-            scores = self.base(images)
-            if tuple(scores.shape) != (images.shape[0], self.classes):
-                raise ValueError(f"scores must be {[images.shape[0], self.classes]}, not {list(scores.shape)}")
-            if bool(torch.isnan(scores).any()):
+        for start, part in zip(range(0, draws, batch), scores, strict=False):  # beyond them, another image's
+            expected = [min(batch, draws - start), self.classes]
+            if list(part.shape) != expected:
+                raise ValueError(f"scores must be {expected}, not {list(part.shape)}")
+            if bool(torch.isnan(part).any()):
                 raise ValueError("scores must not be NaN: their argmax is no vote")
-            counts += torch.bincount(scores.argmax(dim=1).cpu(), minlength=self.classes)
+            counts += torch.bincount(part.argmax(dim=1).cpu(), minlength=self.classes)
+        if int(counts.sum()) != draws:
+            raise ValueError(f"there must be scores of all {draws} draws, not of {int(counts.sum())}")
         return counts
 
     def _noisy_copies(self, x: Tensor, n: int, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -198,8 +246,7 @@ class Smooth:
         """
         if x.ndim != 3 or not x.is_floating_point():
             raise ValueError(f"x must be one floating-point image [c, h, w], not {list(x.shape)} of {x.dtype}")
-        if n < 1 or batch < 1:
-            raise ValueError(f"the number of draws and the batch size must be at least 1, not {n} and {batch}")
+        _check_draws(n, batch)
         held: list[Tensor] = []
         count = 0
         for start in range(0, n, NOISE_BLOCK):
@@ -220,6 +267,11 @@ class Smooth:
 def _check_alpha(alpha: float) -> None:
     if not 0 < alpha < 1:
         raise ValueError(f"alpha must be in (0, 1), not {alpha}")
+
+
+def _check_draws(n: int, batch: int) -> None:
+    if n < 1 or batch < 1:
+        raise ValueError(f"the number of draws and the batch size must be at least 1, not {n} and {batch}")
 
 
 def _check_sigma(sigma: float) -> None:

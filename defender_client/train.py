@@ -18,7 +18,8 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -33,30 +34,17 @@ from defender_client.black_box import BlackBox
 from defender_client.checkpoints import CHECKPOINT_FILE, CheckpointError, Progress
 from defender_client.config import RunConfig, TrainConfig
 from defender_client.data import Splits, augment, epoch_order, gaussian
+from defender_client.estimation import Estimation, StepResult
+from defender_client.in_flight import Crew
 from defender_client.labels import oracle_labels
 from defender_client.losses import cross_entropy
-from defender_client.oracle import Oracle
+from defender_client.oracle import Oracle, WaitGivenUp
 from defender_client.pretrain import pretrain
 from defender_client.progress import meter
 from defender_client.stack import Stack, StackSpec
 
 STACK_FILE = "stack.safetensors"
 CURVE_FILE = "training.jsonl"
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one step's answers say, averaged over the points asked about.
-
-    Attributes:
-        loss: mean stability loss.
-        agreement: fraction of answers whose argmax is the label, in 0..1.
-        gradient_norm: mean l2 norm of the estimated gradient per sample.
-    """
-
-    loss: float
-    agreement: float
-    gradient_norm: float
 
 
 def train(config: RunConfig, spec: StackSpec, run: Path, splits: Splits, oracle: Oracle) -> Stack:
@@ -81,7 +69,11 @@ def train(config: RunConfig, spec: StackSpec, run: Path, splits: Splits, oracle:
     stack = pretrain(config, spec, run, splits)
     mu = noise_floor.step(config, run, stack, splits.train, oracle, started=checkpoint is not None)
     labels = oracle_labels(
-        run, oracle, {"train": splits.train, "validation": splits.validation}, config.train.query_rows
+        run,
+        oracle,
+        {"train": splits.train, "validation": splits.validation},
+        config.train.query_rows,
+        config.train.in_flight,
     )
     _Trainer(config, run, splits, oracle, stack, labels, mu).run(checkpoint)
     return stacks.load(final)
@@ -100,26 +92,40 @@ class _Trainer:
     ) -> None:
         self._config, self._run, self._splits, self._oracle = config, run, splits, oracle
         self._stack, self._labels = stack, labels
-        self._black_box = BlackBox(stack, oracle, config.train.query_rows)
+        self._black_box = BlackBox(stack, oracle, config.train.query_rows, config.train.query_form)
+        self._crew = Crew(config.train.in_flight)
         self._generators = {
             name: torch.Generator().manual_seed(config.seed * 7 + offset)
             for offset, name in enumerate(("noise", "probes"), start=1)
         }
         estimator = config.estimator
-        self._estimator = zo.make(
-            estimator.name,
-            q=estimator.q,
-            mu=mu,
-            difference=estimator.difference,
-            generator=self._generators["probes"],
+        self._estimation = Estimation(
+            stack,
+            self._black_box,
+            zo.make(
+                estimator.name,
+                q=estimator.q,
+                mu=mu,
+                difference=estimator.difference,
+                generator=self._generators["probes"],
+            ),
+            self._crew,
+            query_rows=config.train.query_rows,
+            micro_batch=config.train.micro_batch,
         )
         self._progress = Progress()
         self._optimizer = self._new_optimizer(0)
 
     def run(self, checkpoint: checkpoints.Checkpoint | None) -> None:
-        """All epochs that are left."""
+        """All epochs that are left; KeyboardInterrupt where a signal ended them."""
         if checkpoint is not None:
             self._restore(checkpoint)
+        try:
+            self._epochs()
+        except WaitGivenUp:
+            raise KeyboardInterrupt from None
+
+    def _epochs(self) -> None:
         settings, count = self._config.train, len(self._splits.train)
         batches = math.ceil(count / settings.batch)
         done = self._progress
@@ -127,7 +133,8 @@ class _Trainer:
         with (
             SummaryWriter(str(self._run / "tensorboard"), purge_step=done.step) as board,
             meter("train", settings.epochs * count, "samples", samples_done) as meter_,
-            _whole_steps() as interrupted,
+            self._crew,
+            _whole_steps(self._oracle.stop_waiting) as interrupted,
         ):
             for epoch in range(done.epoch, settings.epochs):
                 if optimizer_kind(settings, epoch) is not type(self._optimizer):
@@ -158,31 +165,11 @@ class _Trainer:
             group["lr"] = learning_rate(config.train, epoch, self._progress.batch, len(self._splits.train))
         self._stack.train()
         clean = augment(self._splits.train.floats(index), config.data.augment, self._generators["noise"])
-        points = self._stack.front(gaussian(clean, config.sigma, self._generators["noise"]))
-        gradient, loss, agreement = self._estimate(points.detach(), self._labels["train"][index])
+        noisy = gaussian(clean, config.sigma, self._generators["noise"])
         self._optimizer.zero_grad()
-        # d loss / d theta = (d w / d theta)^T g^, averaged over the batch.
-        (points * gradient).sum().div(len(index)).backward()
+        result = self._estimation.backpropagate(noisy, self._labels["train"][index], f"train/{self._progress.step}")
         self._optimizer.step()
-        return StepResult(loss, agreement, float(gradient.norm(dim=1).mean()))
-
-    @torch.no_grad()
-    def _estimate(self, points: Tensor, labels: Tensor) -> tuple[Tensor, float, float]:
-        """ZO gradients [b, d] of the stability loss at points [b, d]; and the answers' mean loss and agreement."""
-        probes_each = self._estimator.queries_per_sample(self._stack.dimension)
-        group = max(1, self._config.train.query_rows // probes_each)
-        gradients, losses, hits = [], 0.0, 0
-        for start in range(0, len(points), group):
-            probes = self._estimator.ask(points[start : start + group])
-            logits = self._black_box.probed(probes, purpose="train", label=f"train/{self._progress.step}/{start}")
-            n, p, _ = logits.shape
-            logits, targets = logits.flatten(0, 1), labels[start : start + group].repeat_interleave(p)
-            values = cross_entropy(logits, targets)
-            gradients.append(self._estimator.tell(values.view(n, p)))
-            losses += float(values.sum())
-            hits += int((logits.argmax(1) == targets).sum())
-        rows = len(points) * probes_each
-        return torch.cat(gradients), losses / rows, hits / rows
+        return result
 
     def _end_epoch(self, epoch: int, board: SummaryWriter) -> None:
         """Validate, keep the best stack, checkpoint."""
@@ -218,14 +205,21 @@ class _Trainer:
         validation = self._splits.validation
         generator = torch.Generator().manual_seed(self._config.seed)
         losses, hits = 0.0, 0
-        for start in range(0, len(validation), self._config.train.batch):
-            part = slice(start, start + self._config.train.batch)
-            points = self._stack.front(gaussian(validation.floats(part), self._config.sigma, generator))
-            logits = self._black_box.logits(points, purpose="validation", label=f"validation/{epoch}/{start}")
-            targets = self._labels["validation"][part]
+        for logits, targets in self._crew.in_order(self._validations(epoch, generator)):
             losses += float(cross_entropy(logits, targets).sum())
             hits += int((logits.argmax(1) == targets).sum())
         return StepResult(losses / len(validation), hits / len(validation), 0.0)
+
+    def _validations(self, epoch: int, generator: torch.Generator) -> Iterator[Callable[[], tuple[Tensor, Tensor]]]:
+        """Batches of noisy validation images to be asked about: logits [n, k] and labels [n]."""
+        validation, size = self._splits.validation, self._config.train.batch
+        for start in range(0, len(validation), size):
+            part = slice(start, start + size)
+            points = self._stack.front(gaussian(validation.floats(part), self._config.sigma, generator))
+            yield partial(self._validated, points, self._labels["validation"][part], f"validation/{epoch}/{start}")
+
+    def _validated(self, points: Tensor, targets: Tensor, label: str) -> tuple[Tensor, Tensor]:
+        return self._black_box.logits(points, purpose="validation", label=label), targets
 
     def _record(self, board: SummaryWriter, what: str, result: StepResult) -> None:
         step = self._progress.step
@@ -285,8 +279,12 @@ def learning_rate(settings: TrainConfig, epoch: int, batch: int, samples: int) -
 
 
 @contextmanager
-def _whole_steps() -> Iterator[Callable[[], bool]]:
-    """Let SIGINT and SIGTERM wait for the end of the current step; a second signal ends at once."""
+def _whole_steps(stop_waiting: Callable[[], None]) -> Iterator[Callable[[], bool]]:
+    """Let SIGINT and SIGTERM wait for the end of the current step; a second signal ends at once.
+
+    `stop_waiting` is called by the first: a step that would wait for the server's limits is not worth waiting for. It
+    is made again when the run is resumed, from answers that are paid.
+    """
     caught = False
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False  # signals are the main thread's; whoever runs training elsewhere handles them there
@@ -297,6 +295,7 @@ def _whole_steps() -> Iterator[Callable[[], bool]]:
         if caught:
             raise KeyboardInterrupt
         caught = True
+        stop_waiting()
 
     previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -10,9 +10,10 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 from starlette.middleware import Middleware
 
-from oracle_server import routes_dashboard
+from oracle_server import routes_dashboard, routes_decoders
 from oracle_server.admission import Admission
 from oracle_server.batching import Batcher
+from oracle_server.decoders import Decoders
 from oracle_server.documentation import ANYWHERE, DESCRIPTION, TITLE, openapi
 from oracle_server.draining import DrainMiddleware
 from oracle_server.gate import Gate
@@ -81,7 +82,10 @@ def create_app(settings: Settings, oracle: Oracle | None = None) -> FastAPI:
         max_rows=settings.max_batch_rows,
         max_body=max_drained,
     )
-    service = Service(settings, oracle, ledger, metrics, policy, watch, room, gate, batcher, admission, shedder)
+    decoders = Decoders(settings, oracle.image_shape)
+    service = Service(
+        settings, oracle, ledger, metrics, policy, watch, room, decoders, gate, batcher, admission, shedder
+    )
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -110,6 +114,7 @@ def create_app(settings: Settings, oracle: Oracle | None = None) -> FastAPI:
     add_problem_handlers(app)
     app.include_router(router)
     app.include_router(routes_dashboard.router)
+    app.include_router(routes_decoders.router)
     document = openapi(app)
     app.openapi = lambda: document  # type: ignore[method-assign]  # FastAPI's way of changing it
     return app

@@ -108,7 +108,9 @@ def serve(
     ledger_timeout: Annotated[
         float | None, typer.Option(help="Seconds to wait for the ledger's database. [default: 10]")
     ] = None,
-    engine: Annotated[str | None, typer.Option(help="auto or eager. [default: auto]")] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="auto (measured at start), eager, compile or onnxruntime. [default: auto]")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda. [default: auto]")] = None,
     classes: Annotated[int | None, typer.Option(help="Number of logits; else as the weights have it.")] = None,
     channels: Annotated[int | None, typer.Option(help="Channels of an image; else as the weights have it.")] = None,
@@ -118,7 +120,16 @@ def serve(
     max_batch_rows: Annotated[int | None, typer.Option(help="Most rows of a request. [default: 4096]")] = None,
     max_body_bytes: Annotated[int | None, typer.Option(help="Most bytes of a request. [default: 256 MiB]")] = None,
     max_bodies_bytes: Annotated[int | None, typer.Option(help="Of all requests in flight. [default: 1 GiB]")] = None,
-    engine_block: Annotated[int | None, typer.Option(help="Rows the engine takes at once. [default: 256]")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="float32, or bfloat16, in which finite differences drown. [default: float32]")
+    ] = None,
+    tf32: Annotated[bool | None, typer.Option("--tf32", help="On CUDA: float32 products with 10 bits.")] = None,
+    engine_block: Annotated[
+        int | None, typer.Option(help="Most rows a thread computes at once. [default: as measured]")
+    ] = None,
+    engine_cache: Annotated[
+        Path | None, typer.Option(help="Folder for what was measured at start. [default: ~/.cache/zo-defense]")
+    ] = None,
     batch_wait: Annotated[
         float | None, typer.Option(help="Milliseconds an idle engine waits for company. [default: 0]")
     ] = None,
@@ -134,6 +145,22 @@ def serve(
     header_timeout: Annotated[float | None, typer.Option(help="Seconds for a head to arrive. [default: 30]")] = None,
     body_timeout: Annotated[float | None, typer.Option(help="Seconds for a body to arrive. [default: 60]")] = None,
     drain_timeout: Annotated[float | None, typer.Option(help="Seconds to finish after SIGTERM. [default: 30]")] = None,
+    allow_decoders: Annotated[
+        bool | None, typer.Option("--allow-decoders", help="Let clients register decoders and query in their latents.")
+    ] = None,
+    max_decoder_bytes: Annotated[int | None, typer.Option(help="Most bytes of a decoder. [default: 32 MiB]")] = None,
+    max_decoder_layers: Annotated[int | None, typer.Option(help="Most layers of a decoder. [default: 64]")] = None,
+    max_decoder_activations: Annotated[
+        int | None, typer.Option(help="Most elements in memory at once for one row. [default: 4,194,304]")
+    ] = None,
+    max_decoder_multiply_adds: Annotated[
+        int | None, typer.Option(help="Most multiply-adds of one row. [default: 268,435,456]")
+    ] = None,
+    max_client_decoders: Annotated[int | None, typer.Option(help="Most decoders of a client. [default: 4]")] = None,
+    max_decoders: Annotated[int | None, typer.Option(help="Most decoders of all clients. [default: 64]")] = None,
+    max_decoders_bytes: Annotated[
+        int | None, typer.Option(help="Most bytes of all decoders' weights. [default: 256 MiB]")
+    ] = None,
     policy: Annotated[Path | None, typer.Option(help="TOML file: noise, rounding, limits, failures...")] = None,
     tls_cert: Annotated[Path | None, typer.Option(help="PEM certificate (chain): serve https.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="PEM private key of the certificate.")] = None,

@@ -12,6 +12,8 @@ from shared.wire.errors import (
     PROBLEM_CONTENT_TYPE,
     BudgetExhausted,
     ClientRevoked,
+    DecodersNotAllowed,
+    DecoderUnknown,
     HeadersTooLarge,
     IdempotencyConflict,
     InternalError,
@@ -74,6 +76,7 @@ def _request_header(name: str, description: str, kind: str = "string") -> dict[s
 
 
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
+_STATEMENT: dict[str, Any] = {"model": protocol.DecoderStatement}
 _MESSAGES = (protocol.InferRequestHeader, protocol.InferResponseHeader)
 _JSON_LENGTH = "Bytes of JSON at the start of the uncompressed body; absent where the whole body is JSON."
 
@@ -86,6 +89,7 @@ def _json(message: type[protocol.Message]) -> dict[str, Any]:
 ANYWHERE = _refusals(MalformedRequest, RequestTimeout, HeadersTooLarge, InternalError, Unavailable)
 OF_A_KEY = _refusals(Unauthorized, ClientRevoked)
 OF_A_MODEL = _refusals(NotFound)
+OF_DECODERS = OF_A_KEY | _refusals(ClientRevoked, DecodersNotAllowed, DecoderUnknown)
 
 INFER: dict[str, Any] = {
     "summary": "Query the classifier: images in, logits out",
@@ -125,6 +129,23 @@ INFER: dict[str, Any] = {
             "content": {"application/octet-stream": _BINARY, "application/json": _json(_MESSAGES[0])},
         },
     },
+}
+
+REGISTER: dict[str, Any] = {
+    "summary": "Register a decoder, to query in its latent",
+    "description": (
+        "The decoder's file, which is data and never code. Costs no query. 200 where the caller had registered it "
+        "before. Off unless the server was started with --allow-decoders."
+    ),
+    "tags": ["decoders"],
+    "responses": {
+        200: _STATEMENT | {"description": "It was registered already"},
+        201: {"description": "It is registered"},
+        **OF_A_KEY,
+        **_refusals(ClientRevoked, DecodersNotAllowed),
+        **_refusals(TooLarge, UnacceptableValues),
+    },
+    "openapi_extra": {"requestBody": {"required": True, "content": {"application/octet-stream": _BINARY}}},
 }
 
 

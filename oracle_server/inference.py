@@ -13,15 +13,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from oracle_server.asked import read_rows
 from oracle_server.body import Buffer, decompress
 from oracle_server.book import Charge, Payment, Release, Reservation, Reserve
 from oracle_server.budget import HeldByOthers
 from oracle_server.ledger import Client
 from oracle_server.room import Share
-from oracle_server.rows import DenseRows, Float32, Rows
+from oracle_server.rows import Float32, Rows
 from oracle_server.service import Service
 from shared.wire import codec, protocol
-from shared.wire.errors import InternalError, MalformedRequest
+from shared.wire.errors import InternalError, MalformedRequest, OracleError
 
 log = logging.getLogger(__name__)
 _WAIT_FOR_OTHERS_S, _FIRST_PAUSE_S, _LAST_PAUSE_S = 30.0, 0.01, 0.25
@@ -44,25 +45,23 @@ class Answer:
     payment: Payment
 
 
-def prepare(service: Service, body: Buffer, content_encoding: str, json_length: int | None, share: Share) -> Prepared:
+def prepare(
+    service: Service, client_id: int, body: Buffer, content_encoding: str, json_length: int | None, share: Share
+) -> Prepared:
     """Read and check a request. It is the caller's to run this off the event loop.
 
     Raises:
-        MalformedRequest, TooLarge, UnacceptableValues, Unavailable: as their names say; nothing was charged.
+        MalformedRequest, TooLarge, UnacceptableValues, Unavailable, DecoderUnknown: as their names say; nothing was
+            charged.
     """
     body = decompress(body, content_encoding, share, limit=service.settings.max_body_bytes)
     request = codec.decode_request(body, json_length)
-    if set(request.inputs) != {protocol.INPUT_NAME}:
-        raise MalformedRequest(f"the one input is '{protocol.INPUT_NAME}', not {', '.join(sorted(request.inputs))}")
     if set(request.outputs) - {protocol.OUTPUT_NAME}:
         raise MalformedRequest(f"the one output is '{protocol.OUTPUT_NAME}', not {', '.join(sorted(request.outputs))}")
-    if request.datatypes[protocol.INPUT_NAME] != "FP32":
-        raise MalformedRequest(f"images are {request.datatypes[protocol.INPUT_NAME]}: send datatype FP32")
-    images = request.inputs[protocol.INPUT_NAME]
-    if images.ndim:
-        service.policy.check_rows(len(images))
-    service.oracle.check(images)
-    return Prepared(request, DenseRows(images), hashlib.sha256(body).hexdigest())
+    rows = read_rows(
+        request, service.oracle, service.policy.check_rows, lambda name: service.decoders.get(client_id, name)
+    )
+    return Prepared(request, rows, hashlib.sha256(body).hexdigest())
 
 
 async def answer(service: Service, client: Client, idempotency_key: str | None, prepared: Prepared) -> Answer:
@@ -73,6 +72,7 @@ async def answer(service: Service, client: Client, idempotency_key: str | None, 
     Raises:
         RequestInFlight: the same client's same key is being answered.
         BudgetExhausted, ClientRevoked, IdempotencyConflict, Unavailable: nothing was charged.
+        UnacceptableValues: a row turned out to be unacceptable when it was made; nothing was charged.
         InternalError: the answer failed; nothing was charged.
     """
     with service.gate.hold(client.id, idempotency_key):
@@ -89,7 +89,7 @@ async def answer(service: Service, client: Client, idempotency_key: str | None, 
             if not isinstance(error, Exception):
                 raise
             await asyncio.wrap_future(released)
-            if isinstance(error, InternalError):
+            if isinstance(error, OracleError):
                 raise
             log.exception("inference of %d rows failed; nothing was charged", rows)
             raise InternalError("the classifier failed on this batch; nothing was charged") from error

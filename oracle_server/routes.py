@@ -39,7 +39,7 @@ Parts = Annotated[Service, Depends(get_service)]
 
 async def find_caller(service: Service, request: Request) -> Client:
     """The client whose key the request carries."""
-    client = await service.on_ledger(authenticate, _only(request, "Authorization"), service.ledger)
+    client = await service.on_ledger(authenticate, only(request, "Authorization"), service.ledger)
     setattr(request.state, CALLER, client.name)
     return client
 
@@ -114,7 +114,12 @@ async def model_metadata(service: Parts) -> protocol.ModelMetadata:
         platform="opaque",
         inputs=(protocol.TensorMetadata(name=protocol.INPUT_NAME, datatype="FP32", shape=(-1, *oracle.image_shape)),),
         outputs=(protocol.TensorMetadata(name=protocol.OUTPUT_NAME, datatype="FP32", shape=(-1, oracle.classes)),),
-        parameters={**service.policy.announced(), "max_body_bytes": settings.max_body_bytes},
+        parameters={
+            **service.policy.announced(),
+            **service.decoders.announced(),
+            "max_body_bytes": settings.max_body_bytes,
+            protocol.FACTORED_PARAMETER: True,
+        },
     )
 
 
@@ -137,11 +142,11 @@ async def infer(
         service.admission.remember(request.headers["Authorization"].encode("latin-1"), caller.id, caller.name)
         with service.policy.visit(caller.id) as visit, service.gate.enter(), service.room.share() as share:
             settings = service.settings
-            idempotency_key = _idempotency_key(_only(request, protocol.IDEMPOTENCY_KEY_HEADER))
-            json_length = _json_length(_only(request, protocol.JSON_LENGTH_HEADER))
-            encoding = _only(request, "Content-Encoding") or ""
+            idempotency_key = _idempotency_key(only(request, protocol.IDEMPOTENCY_KEY_HEADER))
+            json_length = _json_length(only(request, protocol.JSON_LENGTH_HEADER))
+            encoding = only(request, "Content-Encoding") or ""
             body = await read_body(request, share, limit=settings.max_body_bytes, timeout=settings.body_timeout)
-            prepared = await service.on_bodies(prepare, service, body, encoding, json_length, share)
+            prepared = await service.on_bodies(prepare, service, caller.id, body, encoding, json_length, share)
             place.resize(len(prepared.rows))
             await visit.admit(len(prepared.rows))
             answered = await answer(service, caller, idempotency_key, prepared)
@@ -236,7 +241,7 @@ async def docs(request: Request) -> Response:
     return docs_page(request.app.openapi())
 
 
-def _only(request: Request, name: str) -> str | None:
+def only(request: Request, name: str) -> str | None:
     """A header that may be sent once, so that nobody between here and the sender reads another one than we do."""
     values = request.headers.getlist(name)
     if len(values) > 1:

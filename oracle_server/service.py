@@ -9,6 +9,7 @@ from oracle_server.batching import Batcher
 from oracle_server.clock import utc_now
 from oracle_server.cost_cache import CostCache
 from oracle_server.dashboard import Spending
+from oracle_server.decoders import Decoders
 from oracle_server.gate import Gate
 from oracle_server.ledger import Ledger
 from oracle_server.metrics import Metrics
@@ -32,6 +33,7 @@ class Service:
     policy: Policy
     watch: Watch
     room: BodyRoom
+    decoders: Decoders
     gate: Gate
     batcher: Batcher
     admission: Admission
@@ -40,6 +42,7 @@ class Service:
     on_bodies: Worker = field(default_factory=lambda: Worker("bodies", threads=2))
     on_ledger: Worker = field(default_factory=lambda: Worker("ledger"))
     on_dashboard: Worker = field(default_factory=lambda: Worker("dashboard"))
+    on_decoders: Worker = field(default_factory=lambda: Worker("decoders"))  # reads and builds them
     spending: CostCache[Spending] = field(default_factory=CostCache)  # touched on `on_dashboard` only
     started_at: str = field(default_factory=utc_now)
 
@@ -47,6 +50,7 @@ class Service:
         """Finish what was begun, then close the ledger."""
         self.watch.close()
         self.on_dashboard.close()
+        self.on_decoders.close()
         self.on_bodies.close()
         self.batcher.close()
         self.on_ledger.close()

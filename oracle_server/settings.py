@@ -26,9 +26,12 @@ class Settings(BaseSettings):
     std: tuple[PositiveFloat, ...] | None = None
 
     # How it is computed
-    engine: Literal["auto", "eager"] = "auto"
+    engine: Literal["auto", "eager", "compile", "onnxruntime"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    engine_block: PositiveInt = 256  # rows per call of the engine
+    precision: Literal["float32", "bfloat16"] = "float32"
+    tf32: bool = False  # on CUDA: products of float32 with 10 bits after the point
+    engine_block: PositiveInt | None = None  # most rows a thread computes at once; by default as measured
+    engine_cache: Path | None = None  # a folder for what was measured; by default the user's cache
     batch_wait: Annotated[float, Field(ge=0)] = 0.0  # milliseconds an idle engine waits for company
 
     # Where it is served, and where queries are counted
@@ -61,6 +64,16 @@ class Settings(BaseSettings):
     max_bodies_bytes: PositiveInt = 1024 * MIB  # of all requests in flight together
     body_timeout: PositiveFloat = 60.0  # seconds for a whole body to arrive
     drain_timeout: PositiveFloat = 30.0  # seconds for requests in flight to finish after SIGTERM
+
+    # Decoders that clients register: see docs/decoders.md. Rows are of one latent
+    allow_decoders: bool = False
+    max_decoder_bytes: PositiveInt = 32 * MIB
+    max_decoder_layers: PositiveInt = 64
+    max_decoder_activations: PositiveInt = 4 * MIB  # elements of a row in memory at once
+    max_decoder_multiply_adds: PositiveInt = 256 * MIB  # of a row
+    max_client_decoders: PositiveInt = 4
+    max_decoders: PositiveInt = 64  # of all clients together
+    max_decoders_bytes: PositiveInt = 256 * MIB
 
     # What a real service does: see docs/policy.md
     policy: Path | None = None

@@ -3,13 +3,19 @@
 Every request carries an Idempotency-Key made of the run, the step and the body's digest. A retry, or the same step of a
 run that was killed and started again, therefore asks under the same key and is answered without a second charge; other
 bytes make another key and are a new purchase.
+
+Several threads may ask at once. What is asked, under which keys, and what it costs in all is the same in any order.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
+import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
@@ -25,14 +31,26 @@ from defender_client.oracle import SCORES, OracleInfo
 from defender_client.oracle_client.connection import Connection, OracleUnreachable
 from defender_client.oracle_client.retrying import Clock, Retrier
 from defender_client.query_log import QueryLog
+from defender_client.questions import Images, Question
 from defender_client.recording import Recorder
 from defender_client.request_key import RequestKey
 from shared.wire import codec, protocol
-from shared.wire.errors import MalformedRequest, NotFound, OracleError, TooLarge, UnexpectedAnswer
+from shared.wire.errors import (
+    DecodersNotAllowed,
+    DecoderUnknown,
+    MalformedRequest,
+    NotFound,
+    OracleError,
+    TooLarge,
+    UnacceptableValues,
+    UnexpectedAnswer,
+)
 
 M = TypeVar("M", bound=protocol.Message)
 
 _DEFAULT_MAX_ROWS = 1024
+_CLOSING_SECONDS = 30.0
+_REGISTRATIONS = 3  # of a decoder that the server forgot, for one request
 _HEADER_BYTES = 1024  # more than the JSON part of a request
 
 
@@ -81,7 +99,13 @@ class RemoteOracle:
         self.remaining: int | None = None
         self._recorder = recorder
         self._info: OracleInfo | None = None
-        self._sequence = 0
+        self._sequence = itertools.count(1)
+        self._asking = threading.RLock()  # for what the oracle says of itself
+        self._books = threading.Lock()  # what is recorded of an answer and what is logged of it belong together
+        self._trial = threading.Lock()  # for a batch larger than any that was answered
+        self._largest = 0
+        self._under_way = _UnderWay()
+        self._decoders: dict[str, bytes] = {}  # registered ones, by id
 
     # --- what the oracle says of itself; none of this costs a query ---
 
@@ -89,9 +113,12 @@ class RemoteOracle:
     def info(self) -> OracleInfo:
         """Shapes and limits, from the model's metadata; asked once."""
         if self._info is None:
-            self._info = _read_info(self.url, self._get(protocol.METADATA_ROUTE, protocol.ModelMetadata))
-            if self._recorder is not None:
-                self._recorder.describe(self._info)
+            with self._asking:
+                if self._info is None:
+                    info = _read_info(self.url, self._get(protocol.METADATA_ROUTE, protocol.ModelMetadata))
+                    if self._recorder is not None:
+                        self._recorder.describe(info)
+                    self._info = info
         return self._info
 
     @property
@@ -129,7 +156,9 @@ class RemoteOracle:
         return self._connection.get(protocol.METRICS_ROUTE).text
 
     def _get(self, route: str, message: type[M]) -> M:
-        response = self._connection.get(route)
+        return self._read(route, self._connection.get(route), message)
+
+    def _read(self, route: str, response: httpx.Response, message: type[M]) -> M:
         try:
             return message.model_validate_json(response.content)
         except ValidationError as error:
@@ -142,61 +171,84 @@ class RemoteOracle:
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Logits float32 [n, k] of images [n, c, h, w] in [0, 1]; costs n queries."""
         array = images.detach().to("cpu", torch.float32).numpy()
-        self._sequence += 1
-        label = f"call-{self._sequence}-{uuid.uuid4().hex[:8]}"
+        label = f"call-{next(self._sequence)}-{uuid.uuid4().hex[:8]}"
         return torch.from_numpy(self.query(array, purpose="call", label=label))
 
     def query(self, images: NDArray[np.float32], *, purpose: str, label: str) -> NDArray[np.float32]:
-        """Logits of a batch, in requests of at most what the server takes at once.
+        """Logits of a batch: `ask`, about images.
+
+        Args:
+            images: float32 [n, c, h, w] in [0, 1].
+            purpose, label: as for `ask`.
+        """
+        return self.ask(Images(images), purpose=purpose, label=label)
+
+    def ask(self, question: Question, *, purpose: str, label: str) -> NDArray[np.float32]:
+        """Logits of a question's rows, in requests of at most what the server takes at once.
 
         A batch that the server refuses as too large is asked in smaller ones, and so is every later one.
 
         Args:
-            images: float32 [n, c, h, w] in [0, 1].
+            question: rows to ask about.
             purpose: what the queries are for (`labels`, `train`, `certify`, ...); kept in the log.
             label: names this batch within the run; the same label and bytes are charged once, however often asked.
 
         Returns:
-            Logits float32 [n, k].
+            Logits float32 [rows, k].
 
         Raises:
             OracleError: the refusal, as the server gave it; `OracleUnreachable` when retries ran out; `TooLarge` if a
-                single image is.
+                single row is.
         """
         parts: list[NDArray[np.float32]] = []
         start = 0
-        while not parts or start < len(images):
-            parts.append(self._first_rows(images[start:], purpose, f"{label}/{start}"))
+        while not parts or start < len(question):
+            rest = question.take(start, len(question)) if start else question
+            parts.append(self._first_rows(rest, purpose, f"{label}/{start}"))
             start += len(parts[-1])
         return self.info.logits(parts[0] if len(parts) == 1 else np.concatenate(parts))
 
-    def _first_rows(self, images: NDArray[np.float32], purpose: str, label: str) -> NDArray[np.float32]:
-        """Scores of the first of these images, of as many as the server takes at once."""
-        most = len(images)
+    def _first_rows(self, question: Question, purpose: str, label: str) -> NDArray[np.float32]:
+        """Scores of the first of these rows, of as many as the server takes at once."""
+        most = len(question)
         while True:
-            rows = self._rows(images[:most], label)
-            try:
-                return self._request(images[:rows], purpose, label)
-            except TooLarge as refusal:
-                if rows <= 1:
-                    raise
-                self.log.learn_max_rows(_smaller(refusal, rows))
-                most = rows - 1  # also where the log says that more were taken once
+            limit = self.log.max_rows
+            asked = self._batch(question, most, label)
+            untried = asked.rows > self._largest
+            # One thread at a time tries a batch larger than any that was answered: what a refusal teaches then does not
+            # depend on which of several came first.
+            with self._trial if untried else nullcontext():
+                if untried and (self.log.max_rows != limit or asked.rows <= self._largest):
+                    continue
+                try:
+                    scores = self._request(asked, purpose)
+                except TooLarge as refusal:
+                    if asked.rows <= 1:
+                        raise
+                    if limit is None or asked.rows <= limit:
+                        self.log.learn_max_rows(_smaller(refusal, asked.rows))
+                    most = asked.rows - 1  # also where the log says that more were taken once
+                    continue
+                self._largest = max(self._largest, asked.rows)
+                return scores
 
-    def _rows(self, images: NDArray[np.float32], label: str) -> int:
-        """How many of these images to ask about: as many as when they were asked about before, for those are paid
-        under that key; else all that fit."""
-        fit = min(len(images), self.info.max_rows, self.log.max_rows or self.info.max_rows)
+    def _batch(self, question: Question, most: int, label: str) -> _Batch:
+        """The first `most` of these rows, or as many as when they were asked about before, for those are paid under
+        that key; else all that fit."""
+        fit = question.fitting(self.info, min(most, self.log.max_rows or most)) if len(question) else 0
         before = self.log.last_asked(f"{self.run_id}/{label}")
-        if before is not None and before.rows != fit and before.rows <= len(images):
-            digest = request_key.digest(request_key.encode(images[: before.rows]))
-            if digest == RequestKey.parse(before.key).digest:
-                return before.rows
-        return fit
+        if before is not None and before.rows != fit and before.rows <= most:
+            asked = self._encoded(question.take(0, before.rows), label)
+            if asked.key == before.key:
+                return asked
+        return self._encoded(question if fit == len(question) else question.take(0, fit), label)
 
-    def _request(self, images: NDArray[np.float32], purpose: str, label: str) -> NDArray[np.float32]:
-        encoded = request_key.encode(images)
-        key = str(RequestKey(self.run_id, label, request_key.digest(encoded)))
+    def _encoded(self, question: Question, label: str) -> _Batch:
+        encoded = question.encode()
+        return _Batch(str(RequestKey(self.run_id, label, request_key.digest(encoded))), encoded, question)
+
+    def _request(self, asked: _Batch, purpose: str) -> NDArray[np.float32]:
+        key, encoded = asked.key, asked.encoded
         headers = {
             protocol.IDEMPOTENCY_KEY_HEADER: key,
             protocol.JSON_LENGTH_HEADER: str(encoded.json_length),
@@ -205,41 +257,85 @@ class RemoteOracle:
         }
         # Whether an attempt, now or before a kill, may have been charged without our knowing. A refusal after it says
         # nothing about that attempt: the log then keeps the request as unanswered, for the ledger to settle.
-        known = self.log.requests.get(key)
-        lost = known is not None and known.charged is None and not known.refused
-        self.log.sending(key, purpose, len(images))
+        lost = self.log.in_doubt(key)
 
         def in_doubt() -> None:
             nonlocal lost
             lost = True
 
-        try:
-            response = self._connection.post(protocol.INFER_ROUTE, encoded, headers, in_doubt)
-        except (OracleUnreachable, UnexpectedAnswer):
-            raise
-        except OracleError as error:
-            if not lost:
-                self.log.refused(key, error.code)
-            raise
-        scores = self._read_scores(response, len(images))
-        charge = _whole(response.headers.get(protocol.QUERY_CHARGE_HEADER))
-        charged = len(images) if charge is None else charge
-        left = _whole(response.headers.get(protocol.QUERY_REMAINING_HEADER))
-        if left is not None:
-            self.remaining = left
-        if self._recorder is not None:
-            # Before the log: what the log calls answered is on record.
-            self._recorder.keep(key, scores, self.log.total_after(key, charged))
-        self.log.answered(
-            key,
-            charged,
-            receipt=response.headers.get(protocol.QUERY_RECEIPT_HEADER),
-            bytes_up=encoded.size,
-            bytes_down=len(response.content),
-        )
+        with self._under_way:
+            self.log.sending(key, purpose, asked.rows)
+            try:
+                response = self._post(asked, headers, in_doubt)
+            except (OracleUnreachable, UnexpectedAnswer):
+                raise
+            except OracleError as error:
+                if not lost:
+                    self.log.refused(key, error.code)
+                raise
+            scores = self._read_scores(response, asked.question)
+            self._book(asked, response, scores)
         return scores
 
-    def _read_scores(self, response: httpx.Response, rows: int) -> NDArray[np.float32]:
+    def _book(self, asked: _Batch, response: httpx.Response, scores: NDArray[np.float32]) -> None:
+        """Keep an answer, and what it cost."""
+        charge = _whole(response.headers.get(protocol.QUERY_CHARGE_HEADER))
+        charged = asked.rows if charge is None else charge
+        left = _whole(response.headers.get(protocol.QUERY_REMAINING_HEADER))
+        with self._books:
+            if left is not None:
+                self.remaining = self._under_way.least(left)
+            if self._recorder is not None:
+                # Before the log: what the log calls answered is on record.
+                self._recorder.keep(asked.key, scores, self.log.total_after(asked.key, charged))
+            self.log.answered(
+                asked.key,
+                charged,
+                receipt=response.headers.get(protocol.QUERY_RECEIPT_HEADER),
+                bytes_up=asked.encoded.size,
+                bytes_down=len(response.content),
+            )
+
+    def _post(self, asked: _Batch, headers: Mapping[str, str], in_doubt: Callable[[], None]) -> httpx.Response:
+        for _ in range(_REGISTRATIONS):
+            try:
+                return self._connection.post(protocol.INFER_ROUTE, asked.encoded, headers, in_doubt)
+            except DecoderUnknown:
+                # It was started again, or others registered theirs: nothing was charged, and under its key nothing is
+                # charged twice.
+                content = self._decoders.get(asked.question.decoder or "")
+                if content is None:
+                    raise
+                self._send_decoder(content)
+        return self._connection.post(protocol.INFER_ROUTE, asked.encoded, headers, in_doubt)
+
+    def register(self, decoder: bytes) -> str | None:
+        """Register a decoder's file; its id, or None where the server does not take it. Costs no query.
+
+        Raises:
+            OracleError: the server could not be asked.
+        """
+        if not self.info.decoders:
+            return None
+        try:
+            name = self._send_decoder(decoder)
+        except (DecodersNotAllowed, NotFound, MalformedRequest, TooLarge, UnacceptableValues) as refusal:
+            progress.console.print(f"the oracle does not take the decoder ({refusal}): it is asked about images")
+            with self._asking:
+                self._info = self.info.model_copy(update={"decoders": False})
+                if self._recorder is not None:
+                    self._recorder.describe(self._info)
+            return None
+        self._decoders[name] = decoder
+        return name
+
+    def _send_decoder(self, content: bytes) -> str:
+        encoded = codec.Encoded((content,), None)
+        headers = {"Content-Length": str(len(content)), "Content-Type": "application/octet-stream"}
+        response = self._connection.post(protocol.DECODERS_ROUTE, encoded, headers, lambda: None)
+        return self._read(protocol.DECODERS_ROUTE, response, protocol.DecoderStatement).decoder
+
+    def _read_scores(self, response: httpx.Response, question: Question) -> NDArray[np.float32]:
         length = response.headers.get(protocol.JSON_LENGTH_HEADER)
         try:
             json_length = _whole(length)
@@ -249,16 +345,27 @@ class RemoteOracle:
         except MalformedRequest as error:
             raise UnexpectedAnswer(f"the oracle's answer cannot be read: {error.detail}") from None
         scores = answer.outputs.get(protocol.OUTPUT_NAME)
-        expected = (rows, self.info.classes)
+        expected = question.answered(self.info.classes)
         if scores is None or scores.shape != expected:
             shape = None if scores is None else list(scores.shape)
             raise UnexpectedAnswer(f"expected '{protocol.OUTPUT_NAME}' {list(expected)}, the oracle sent {shape}")
         if not np.isfinite(scores).all():
             raise UnexpectedAnswer(f"the oracle sent '{protocol.OUTPUT_NAME}' that are not finite")
-        return np.array(scores, dtype=np.float32)
+        return np.array(scores, dtype=np.float32).reshape(len(question), self.info.classes)
+
+    def stop_waiting(self) -> None:
+        """No request waits for long from now on; those that would have to raise `WaitGivenUp`."""
+        self._connection.stop_waiting()
 
     def close(self) -> None:
-        """Close the connections, the log and the recording."""
+        """Let the requests of other threads be answered, if that is not long; close connections, log and recording."""
+        self.stop_waiting()
+        try:
+            self._under_way.end(_CLOSING_SECONDS)
+        finally:
+            self._close()
+
+    def _close(self) -> None:
         self._connection.close()
         self.log.close()
         if self._recorder is not None:
@@ -271,6 +378,55 @@ class RemoteOracle:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """A request's key and body, and what it asks."""
+
+    key: str
+    encoded: codec.Encoded
+    question: Question
+
+    @property
+    def rows(self) -> int:
+        return len(self.question)
+
+
+class _UnderWay:
+    """The requests being made: a context for each."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._count = 0
+        self._ended = False
+        self._least: int | None = None
+
+    def __enter__(self) -> None:
+        with self._changed:
+            if self._ended:
+                raise RuntimeError("the oracle was closed: it cannot be asked any more")
+            if self._count == 0:
+                self._least = None
+            self._count += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._count -= 1
+            self._changed.notify_all()
+
+    def least(self, left: int) -> int:
+        """The smallest such number since requests have been under way: answers may come in another order than their
+        charges were made."""
+        with self._changed:
+            self._least = left if self._least is None else min(left, self._least)
+            return self._least
+
+    def end(self, seconds: float) -> None:
+        """Let none begin any more, and wait, so long at most, until there is none."""
+        with self._changed:
+            self._ended = True
+            self._changed.wait_for(lambda: self._count == 0, seconds)
 
 
 def _read_info(url: str, metadata: protocol.ModelMetadata) -> OracleInfo:
@@ -289,14 +445,24 @@ def _read_info(url: str, metadata: protocol.ModelMetadata) -> OracleInfo:
             f"[-1, c, h, w] and output '{protocol.OUTPUT_NAME}' [-1, k]"
         )
     _, c, h, w = image.shape
-    rows = _limit(metadata, "max_batch_rows") or _DEFAULT_MAX_ROWS
+    row_limit = _limit(metadata, "max_batch_rows")
+    rows = row_limit or _DEFAULT_MAX_ROWS
     body = _limit(metadata, "max_body_bytes")
     if body is not None:
         rows = max(1, min(rows, (body - _HEADER_BYTES) // max(1, 4 * c * h * w)))
     kind = metadata.parameters.get("scores", "logits")
     if kind not in SCORES:
         raise UnexpectedAnswer(f"{url} answers with {kind!r}, and only {', '.join(SCORES)} can be read here")
-    return OracleInfo(image_shape=(c, h, w), classes=scores.shape[1], max_rows=rows, scores=kind)
+    return OracleInfo(
+        image_shape=(c, h, w),
+        classes=scores.shape[1],
+        max_rows=rows,
+        scores=kind,
+        row_limit=row_limit,
+        body_limit=body,
+        factored=metadata.parameters.get(protocol.FACTORED_PARAMETER) is True,
+        decoders=metadata.parameters.get(protocol.DECODERS_PARAMETER) is True,
+    )
 
 
 def _limit(metadata: protocol.ModelMetadata, name: str) -> int | None:

@@ -1,11 +1,14 @@
 """How long a request is kept at: a short while for failures, a long one for waits that the server asks for.
 
 A server that says when to come back is alive and knows best: what it asks for counts against `patience_seconds`. A
-connection that is lost, or a failure without such a word, counts against `retry_seconds`.
+connection that is lost, or a failure without such a word, counts against `retry_seconds`. Several threads may send at
+once: each request has its own patience, and all heed what any answer says of the limits.
 """
 
 from __future__ import annotations
 
+import queue
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +17,7 @@ import httpx
 import tenacity
 
 from defender_client import progress
+from defender_client.oracle import WaitGivenUp
 from defender_client.oracle_client import pacing
 from shared.wire import protocol
 from shared.wire.errors import (
@@ -31,6 +35,8 @@ RETRY_STATUSES = frozenset({502, 504})
 # Never sent, and never will be: nothing that waiting could mend.
 OUR_FAULT = (httpx.UnsupportedProtocol, httpx.LocalProtocolError)
 
+_SHORT_SECONDS = 1.0  # waits that are not given up
+
 Send = Callable[[], httpx.Response]
 
 
@@ -40,6 +46,26 @@ class Clock:
 
     now: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
+
+
+class _Bell:
+    """Rung once; until then it can be waited for. A signal's handler may ring it."""
+
+    def __init__(self) -> None:
+        self.rung = False
+        # An Event's lock is not for handlers: the thread that they interrupt may hold it. A SimpleQueue may be put to.
+        self._tokens: queue.SimpleQueue[None] = queue.SimpleQueue()
+
+    def ring(self) -> None:
+        self.rung = True
+        self._tokens.put(None)
+
+    def wait(self, seconds: float) -> None:
+        try:
+            self._tokens.get(timeout=seconds)
+        except queue.Empty:
+            return
+        self._tokens.put(None)  # for whoever else waits
 
 
 class Retrier:
@@ -60,8 +86,12 @@ class Retrier:
         on_wait: Callable[[float, str], None] = progress.waiting,
     ) -> None:
         self.retry_seconds, self.patience_seconds = retry_seconds, patience_seconds
+        self._bell = _Bell()
         self._clock, self._on_wait = clock or Clock(), on_wait
+        self._long_sleep = self._bell.wait if clock is None else clock.sleep
+        self._lock = threading.Lock()
         self._not_before = self._clock.now()
+        self._paused_at = self._not_before  # when an answer last spoke of a limit that is used up
 
     def __call__(self, send: Send) -> httpx.Response:
         """A successful answer.
@@ -69,8 +99,13 @@ class Retrier:
         Raises:
             OracleError: a refusal that may not pass, or did not in the time allowed.
             httpx.TransportError: no answer, within the time allowed.
+            WaitGivenUp: `stop_waiting` was called, and the request would have to wait.
         """
         return _Attempts(self, send).until_answered()
+
+    def stop_waiting(self) -> None:
+        """Give up the waits of more than a second, those under way and those to come."""
+        self._bell.ring()
 
     # --- what the attempts at one request share ---
 
@@ -79,20 +114,29 @@ class Retrier:
         return self._clock.now()
 
     def sleep(self, seconds: float, why: str) -> float:
-        """Wait; returns the seconds it took."""
-        start = self._clock.now()
-        self._on_wait(seconds, why)
-        self._clock.sleep(seconds)
+        """Wait; returns the seconds it took. WaitGivenUp where no request waits any more."""
+        start, long = self._clock.now(), seconds > _SHORT_SECONDS
+        if not (long and self._bell.rung):
+            self._on_wait(seconds, why)
+            (self._long_sleep if long else self._clock.sleep)(seconds)
+        if long and self._bell.rung:
+            raise WaitGivenUp(why)
         return self._clock.now() - start
 
     def pause(self) -> float:
         """Seconds until the server's limits have something left, by the last answer that spoke of them."""
         return max(0.0, self._not_before - self._clock.now())
 
-    def heed(self, response: httpx.Response) -> None:
-        """Note what an answer of any kind says of the limits."""
-        if protocol.RATELIMIT_HEADER in response.headers:
-            self._not_before = self._clock.now() + pacing.pause(response.headers[protocol.RATELIMIT_HEADER])
+    def heed(self, response: httpx.Response, sent: float) -> None:
+        """Note what an answer of any kind, to a request that was sent at `sent`, says of the limits."""
+        if protocol.RATELIMIT_HEADER not in response.headers:
+            return
+        now, pause = self._clock.now(), pacing.pause(response.headers[protocol.RATELIMIT_HEADER])
+        with self._lock:
+            if pause:
+                self._paused_at, self._not_before = now, now + pause
+            elif sent >= self._paused_at:  # an answer on its way since before may speak of what was left then
+                self._not_before = now
 
 
 class _Attempts:
@@ -119,11 +163,12 @@ class _Attempts:
         # A hint, unlike Retry-After: where it asks for more than there is patience, the server is asked all the same.
         if 0 < pause <= self._retrier.patience_seconds - self._waited:
             self._waited += self._retrier.sleep(pause, _words(RateLimited.code))
+        sent = self._retrier.now()
         try:
             response = self._send()
         except httpx.DecodingError as error:
             raise UnexpectedAnswer(f"the oracle's answer cannot be read: {error}") from None
-        self._retrier.heed(response)
+        self._retrier.heed(response, sent)
         if response.is_success:
             return response
         headers = response.headers

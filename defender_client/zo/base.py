@@ -4,18 +4,25 @@
     losses = ...                           # [b, p], by whatever means the caller has
     gradient = estimator.tell(losses)      # [b, d]
 
-An `ask` that is never answered (the oracle refused, say) is forgotten at the next `ask`.
+`ask_factored` asks the same as what it is made of, `shared.wire.probes.Probes`, which is small enough to be sent.
+
+An `ask` that is never answered (the oracle refused, say) is forgotten at the next `ask`. Several questions are open at
+once by as many `fork`s.
 """
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from math import isfinite
-from typing import Literal, get_args
+from typing import Literal, Self, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from shared.wire.probes import Along, Probes
 
 Difference = Literal["forward", "central"]
 
@@ -82,6 +89,12 @@ class Estimator(ABC):
     def __repr__(self) -> str:
         return f"{self.description}"
 
+    def fork(self) -> Self:
+        """This estimator with no question open: same settings, and the same generator, drawn from in turn."""
+        other = copy.copy(self)
+        other._asked = None
+        return other
+
     @abstractmethod
     def _directions_per_sample(self, dimension: int) -> int:
         """How many directions one sample is probed along."""
@@ -91,8 +104,20 @@ class Estimator(ABC):
         """Nominal steps mu u, broadcastable to [b, m, d]."""
 
     @abstractmethod
+    def _along(self, points: Tensor) -> Along:
+        """The directions of `_steps`, for the same state of the generator."""
+
+    @abstractmethod
     def _realised(self, steps: Tensor) -> Tensor:
         """What to keep of the realised steps [b, m, d]; checked for being nonzero."""
+
+    def _realised_of(self, probes: Probes) -> Tensor:
+        """The same of factored probes."""
+        rows = torch.from_numpy(probes.expand(0, len(probes))).view(probes.n, probes.p, probes.d)
+        if self.difference == "forward":
+            return self._realised(rows[:, 1:] - rows[:, :1])
+        ahead, behind = rows.chunk(2, dim=1)
+        return self._realised(ahead - behind)
 
     @abstractmethod
     def _gradient(self, differences: Tensor, steps: Tensor) -> Tensor:
@@ -122,14 +147,7 @@ class Estimator(ABC):
             ValueError: points of another shape or dtype, or not finite.
             StepVanished: `mu` is too small for the magnitude of the points in their dtype.
         """
-        if points.ndim != 2 or points.shape[1] < 1:
-            raise ValueError(f"points must be [b, d] with d >= 1, not {list(points.shape)}")
-        if points.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"points must be float32 or float64, not {points.dtype}")
-        points = points.detach()
-        if not bool(torch.isfinite(points).all()):
-            raise ValueError("points must be finite")
-        self._asked = None
+        points = self._checked(points)
         base, nominal = points.unsqueeze(1), self._steps(points)
         ahead = base + nominal
         # Rounding w + mu u moves the probe, so the step taken is not mu u. Both estimators use the step that was taken:
@@ -143,6 +161,37 @@ class Estimator(ABC):
         kept = self._realised(steps)
         self._asked = _Asked(kept, points.dtype, (probes.shape[0], probes.shape[1]))
         return probes
+
+    def ask_factored(self, points: Tensor) -> Probes:
+        """What `ask` asks, unexpanded: row by row, `expand` gives the same bits.
+
+        Args:
+            points: w [b, d], float32.
+
+        Raises:
+            ValueError, StepVanished: as `ask`.
+        """
+        points = self._checked(points)
+        if points.dtype != torch.float32:
+            raise ValueError(f"factored probes are float32, and the points are {points.dtype}")
+        b, d = points.shape
+        steps = np.broadcast_to(np.float32(self.mu), (self._directions_per_sample(d),))
+        probes = Probes(points.cpu().numpy(), steps, self._along(points), self.difference)
+        kept = self._realised_of(probes).to(points.device)
+        self._asked = _Asked(kept, points.dtype, (b, probes.p))
+        return probes
+
+    def _checked(self, points: Tensor) -> Tensor:
+        """The points, detached, for a new question."""
+        if points.ndim != 2 or points.shape[1] < 1:
+            raise ValueError(f"points must be [b, d] with d >= 1, not {list(points.shape)}")
+        if points.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"points must be float32 or float64, not {points.dtype}")
+        points = points.detach()
+        if not bool(torch.isfinite(points).all()):
+            raise ValueError("points must be finite")
+        self._asked = None
+        return points
 
     def tell(self, losses: Tensor) -> Tensor:
         """The gradient estimate [b, d], in the dtype and on the device of the points asked about.

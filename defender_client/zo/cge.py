@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from defender_client.zo.base import Estimator, StepVanished
+from shared.wire.probes import Coordinates, Probes
 
 
 class CGE(Estimator):
@@ -27,7 +29,19 @@ class CGE(Estimator):
         return self.mu * torch.eye(d, dtype=points.dtype, device=points.device)
 
     def _realised(self, steps: Tensor) -> Tensor:
-        along = steps.diagonal(dim1=1, dim2=2).clone()  # [b, d]; a clone, to let go of the [b, d, d]
+        return self._checked_steps(steps.diagonal(dim1=1, dim2=2).clone())  # a clone, to let go of the [b, d, d]
+
+    def _along(self, points: Tensor) -> Coordinates:
+        return Coordinates(np.arange(points.shape[1]))
+
+    def _realised_of(self, probes: Probes) -> Tensor:
+        # As if expanded, without the d - 1 coordinates of each row that stay.
+        base, mu = torch.from_numpy(probes.base), torch.from_numpy(probes.steps.copy())
+        ahead = base + mu
+        return self._checked_steps(ahead - (base if self.difference == "forward" else base - mu))
+
+    def _checked_steps(self, along: Tensor) -> Tensor:
+        """Steps [b, d], of each coordinate of each point."""
         if not bool(along.all()):
             raise StepVanished(f"mu = {self.mu} is lost in rounding: a probe does not differ from its point")
         return along

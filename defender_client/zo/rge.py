@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from defender_client.zo.base import MU, Description, Difference, Estimator, StepVanished
+from shared.wire.directions import unit_directions
+from shared.wire.probes import Seeds
 
 
 class RGE(Estimator):
@@ -14,12 +17,13 @@ class RGE(Estimator):
         forward:  g = (1/q) sum_i (d/mu)     [l(w + mu u_i) - l(w)]           u_i       q + 1 queries per sample
         central:  g = (1/q) sum_i (d/(2 mu)) [l(w + mu u_i) - l(w - mu u_i)]  u_i       2 q   queries per sample
 
-    Unbiased for the gradient as mu -> 0. Its squared cosine with the gradient is about q / (d + q - 1).
+    Unbiased for the gradient as mu -> 0. Its squared cosine with the gradient is about q / (d + q - 1). A sample's
+    directions are those of a seed (`shared.wire.directions`), so that 8 bytes can name them.
 
     Args:
         q: directions per sample.
         mu, difference: see `Estimator`.
-        generator: draws the directions; on any device, the points may be on another.
+        generator: draws the seeds; on any device, the points may be on another.
 
     Raises:
         ValueError: `q` below 1, or as `Estimator`.
@@ -44,15 +48,15 @@ class RGE(Estimator):
         return self.q
 
     def _steps(self, points: Tensor) -> Tensor:
-        # u = n / |n|, n ~ N(0, I_d), is uniform on the unit sphere.
-        normal = torch.randn(
-            (points.shape[0], self.q, points.shape[1]),
-            generator=self._generator,
-            device=self._generator.device,
-            dtype=points.dtype,
+        seeds, d = self._along(points).values.tolist(), points.shape[1]
+        directions = torch.from_numpy(np.stack([unit_directions(seed, 0, self.q, d) for seed in seeds]))
+        return directions.to(points).mul(self.mu)
+
+    def _along(self, points: Tensor) -> Seeds:
+        seeds = torch.randint(
+            0, 2**63 - 1, (points.shape[0],), generator=self._generator, device=self._generator.device
         )
-        directions: Tensor = normal / torch.linalg.vector_norm(normal, dim=2, keepdim=True)
-        return directions.mul(self.mu).to(points.device)
+        return Seeds(seeds.cpu().numpy().astype(np.uint64))
 
     def _realised(self, steps: Tensor) -> Tensor:
         if not bool(steps.any(dim=2).all()):

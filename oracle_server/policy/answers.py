@@ -61,7 +61,7 @@ def _tell(spec: AnswerSpec, z: Float64) -> Float64:
     if spec.scores == "probabilities":
         told = softmax(told)
     if spec.top_k is not None:
-        told = keep_top(told, spec.top_k, probabilities=spec.scores == "probabilities")
+        told = keep_top(told, z, spec.top_k, probabilities=spec.scores == "probabilities")
     if spec.decimals is not None:
         told = np.round(told, spec.decimals) + 0.0  # -0.0, which would still tell a sign, becomes 0.0
     return told
@@ -81,9 +81,10 @@ def one_hot(z: Float64) -> Float64:
     return told
 
 
-def keep_top(scores: Float64, k: int, *, probabilities: bool) -> Float64:
-    """The k largest of each row, the first of equals; the others 0, or `TOP_K_GAP` below the smallest kept."""
-    kept = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+def keep_top(scores: Float64, z: Float64, k: int, *, probabilities: bool) -> Float64:
+    """The scores of the k largest of each row of z, the first of equals; the others 0, or `TOP_K_GAP` below the
+    smallest kept. Logits z decide, for those that differ little have equal probabilities."""
+    kept = np.argsort(-z, axis=1, kind="stable")[:, :k]
     values = np.take_along_axis(scores, kept, axis=1)
     rest = 0.0 if probabilities else values[:, -1:] - TOP_K_GAP
     told = np.zeros_like(scores) + rest

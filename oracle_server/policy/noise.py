@@ -15,6 +15,7 @@ from oracle_server.policy.spec import NoiseSpec
 from oracle_server.rows import Rows
 
 _BY_CHARGE, _BY_IMAGE = b"noise by charge", b"noise by image"
+_AT_ONCE = 256  # rows
 
 
 def draw(spec: NoiseSpec, randomness: Randomness, rows: Rows, classes: int, seq: int) -> NDArray[np.float64]:
@@ -23,8 +24,9 @@ def draw(spec: NoiseSpec, randomness: Randomness, rows: Rows, classes: int, seq:
         standard = randomness.generator(_BY_CHARGE, seq.to_bytes(16, "little")).standard_normal((len(rows), classes))
     else:
         standard = np.empty((len(rows), classes))
-        for number, noise in enumerate(standard):
+        for start in range(0, len(rows), _AT_ONCE):
             # -0.0 is the same pixel as 0.0, and must not have another noise: adding 0 makes it one.
-            image = (rows.images(number, number + 1) + np.float32(0)).astype("<f4")
-            randomness.generator(_BY_IMAGE, image.tobytes()).standard_normal(out=noise)
+            images = (rows.images(start, min(start + _AT_ONCE, len(rows))) + np.float32(0)).astype("<f4")
+            for image, noise in zip(images, standard[start:], strict=False):
+                randomness.generator(_BY_IMAGE, image.tobytes()).standard_normal(out=noise)
     return spec.sigma * standard

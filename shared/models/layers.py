@@ -5,16 +5,58 @@ A stack saved to disk names its autoencoder this way, so that whoever loads it n
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from torch import nn
 
 NonNegativeInt = Annotated[int, Field(ge=0)]
+Shape = tuple[int, ...]
+
+# For larger kernels, and for strides beyond the kernel, torch falls back on code whose time is out of all proportion to
+# the multiply-adds: measured, 20 seconds for one row of a transposed convolution of kernel 1 and stride 1000.
+_MAX_KERNEL = 16
+
+
+class LayerError(ValueError):
+    """A layer cannot take what the one before it gives."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a layer makes of one row, by arithmetic alone: nothing is built and no memory is taken.
+
+    Attributes:
+        shape: of the row it gives.
+        weights: shapes of its tensors by name, as torch calls them.
+        multiply_adds: of one row; for a layer without weights, the elements it writes.
+        workspace: elements that it may keep beside its input and output, such as the columns of im2col.
+    """
+
+    shape: Shape
+    weights: Mapping[str, Shape] = field(default_factory=dict)
+    multiply_adds: int = 0
+    workspace: int = 0
 
 
 class _Layer(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def _planes(kind: str, channels: int, kernel: int, stride: int, padding: int, taken: Shape) -> tuple[int, int]:
+    """Height and width of the planes that a convolution is given; LayerError where it cannot take them."""
+    if len(taken) != 3 or taken[0] != channels:
+        raise LayerError(f"{kind} takes rows [{channels}, h, w], not {list(taken)}")
+    if padding >= kernel:
+        raise LayerError(f"{kind} has padding {padding}: it must be less than its kernel, {kernel}")
+    if kernel > _MAX_KERNEL:
+        raise LayerError(f"{kind} has kernel {kernel}: at most {_MAX_KERNEL}")
+    if stride > kernel:
+        raise LayerError(f"{kind} has stride {stride}: at most its kernel, {kernel}")
+    return taken[1], taken[2]
 
 
 class Conv(_Layer):
@@ -27,6 +69,21 @@ class Conv(_Layer):
 
     def build(self) -> nn.Module:
         return nn.Conv2d(self.channels_in, self.channels_out, self.kernel, self.stride, self.padding)
+
+    def trace(self, taken: Shape) -> Trace:
+        """Rows [channels_in, h, w] -> [channels_out, h', w']."""
+        planes = _planes(self.kind, self.channels_in, self.kernel, self.stride, self.padding, taken)
+        if min(planes) + 2 * self.padding < self.kernel:
+            raise LayerError(f"{self.kind} has kernel {self.kernel}, larger than its padded rows {list(taken)}")
+        # n' = floor((n + 2 padding - kernel) / stride) + 1
+        height, width = ((n + 2 * self.padding - self.kernel) // self.stride + 1 for n in planes)
+        columns = self.channels_in * self.kernel**2 * height * width
+        return Trace(
+            (self.channels_out, height, width),
+            {"weight": (self.channels_out, self.channels_in, self.kernel, self.kernel), "bias": (self.channels_out,)},
+            self.channels_out * columns,
+            columns,
+        )
 
 
 class ConvTranspose(_Layer):
@@ -43,6 +100,26 @@ class ConvTranspose(_Layer):
             self.channels_in, self.channels_out, self.kernel, self.stride, self.padding, self.output_padding
         )
 
+    def trace(self, taken: Shape) -> Trace:
+        """Rows [channels_in, h, w] -> [channels_out, h', w']."""
+        planes = _planes(self.kind, self.channels_in, self.kernel, self.stride, self.padding, taken)
+        if max(self.output_padding) >= self.stride:
+            raise LayerError(f"{self.kind} has output_padding {list(self.output_padding)}: less than its stride")
+        # n' = (n - 1) stride - 2 padding + kernel + output_padding
+        height, width = (
+            (n - 1) * self.stride - 2 * self.padding + self.kernel + extra
+            for n, extra in zip(planes, self.output_padding, strict=True)
+        )
+        if min(height, width) < 1:
+            raise LayerError(f"{self.kind} with padding {self.padding} leaves nothing of its rows {list(taken)}")
+        columns = self.channels_out * self.kernel**2 * math.prod(planes)
+        return Trace(
+            (self.channels_out, height, width),
+            {"weight": (self.channels_in, self.channels_out, self.kernel, self.kernel), "bias": (self.channels_out,)},
+            self.channels_in * columns,
+            columns,
+        )
+
 
 class Linear(_Layer):
     kind: Literal["linear"] = "linear"
@@ -52,12 +129,26 @@ class Linear(_Layer):
     def build(self) -> nn.Module:
         return nn.Linear(self.features_in, self.features_out)
 
+    def trace(self, taken: Shape) -> Trace:
+        """Rows [features_in] -> [features_out]."""
+        if taken != (self.features_in,):
+            raise LayerError(f"{self.kind} takes rows [{self.features_in}], not {list(taken)}")
+        return Trace(
+            (self.features_out,),
+            {"weight": (self.features_out, self.features_in), "bias": (self.features_out,)},
+            self.features_in * self.features_out,
+        )
+
 
 class Activation(_Layer):
     kind: Literal["relu", "sigmoid"]
 
     def build(self) -> nn.Module:
         return nn.ReLU() if self.kind == "relu" else nn.Sigmoid()
+
+    def trace(self, taken: Shape) -> Trace:
+        """Rows of any shape -> of the same."""
+        return Trace(taken, multiply_adds=math.prod(taken))
 
 
 class Flatten(_Layer):
@@ -66,6 +157,10 @@ class Flatten(_Layer):
     def build(self) -> nn.Module:
         return nn.Flatten()
 
+    def trace(self, taken: Shape) -> Trace:
+        """Rows of any shape -> their elements."""
+        return Trace((math.prod(taken),))
+
 
 class Unflatten(_Layer):
     kind: Literal["unflatten"] = "unflatten"
@@ -73,6 +168,14 @@ class Unflatten(_Layer):
 
     def build(self) -> nn.Module:
         return nn.Unflatten(1, self.shape)
+
+    def trace(self, taken: Shape) -> Trace:
+        """Rows [c * h * w] -> [c, h, w]."""
+        if taken != (math.prod(self.shape),):
+            raise LayerError(
+                f"{self.kind} to {list(self.shape)} takes rows [{math.prod(self.shape)}], not {list(taken)}"
+            )
+        return Trace(self.shape)
 
 
 Layer = Annotated[Conv | ConvTranspose | Linear | Activation | Flatten | Unflatten, Field(discriminator="kind")]

@@ -34,6 +34,7 @@ class InferRequest:
         id: echoed in the answer; None if the client gave none.
         inputs: tensors by name, in the order sent. BF16 is widened to float32.
         datatypes: the wire datatype of each input.
+        parameters: of the request as a whole; not checked.
         outputs: names asked for; empty means all.
         binary_outputs: per asked output, True for binary, False for JSON.
         binary_default: the same for outputs that were not named.
@@ -45,6 +46,7 @@ class InferRequest:
     outputs: tuple[str, ...] = ()
     binary_outputs: Mapping[str, bool] = field(default_factory=dict)
     binary_default: bool = False
+    parameters: Mapping[str, Any] = field(default_factory=dict)
 
     def wants_binary(self, output: str) -> bool:
         """Whether `output` is to be answered as bytes."""
@@ -104,6 +106,7 @@ def encode_request(
     *,
     outputs: Sequence[str] = (),
     request_id: str | None = None,
+    parameters: Mapping[str, Any] | None = None,
     binary: bool = True,
 ) -> Encoded:
     """An inference request, tensors in the order given; with `binary` the outputs are asked for as bytes too."""
@@ -111,11 +114,13 @@ def encode_request(
     header: dict[str, Any] = {}
     if request_id is not None:
         header["id"] = request_id
+    if parameters:
+        header["parameters"] = dict(parameters)
     header["inputs"] = tensors
     if outputs:
         header["outputs"] = [{"name": name, "parameters": {"binary_data": binary}} for name in outputs]
     elif binary:
-        header["parameters"] = {"binary_data_output": True}
+        header["parameters"] = {**header.get("parameters", {}), "binary_data_output": True}
     return _join(header, chunks)
 
 
@@ -187,6 +192,7 @@ def decode_request(body: Buffer, json_length: int | None) -> InferRequest:
         outputs=tuple(output.name for output in header.outputs),
         binary_outputs=binary,
         binary_default=default,
+        parameters=header.parameters,
     )
 
 

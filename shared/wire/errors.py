@@ -5,8 +5,10 @@
     ├── Unauthorized           401  no key, or one that is not known
     ├── Forbidden              403
     │   ├── ClientRevoked           the key was known once
+    │   ├── DecodersNotAllowed      the server takes no decoders (it was started without --allow-decoders)
     │   └── BudgetExhausted         the batch is larger than what is left; refused whole, nothing charged
     ├── NotFound               404  no such route, model or version
+    │   └── DecoderUnknown          this client has no such decoder here, or no longer: register it (again)
     ├── MethodNotAllowed       405
     ├── RequestTimeout         408  the headers or the body did not arrive in time
     ├── RequestInFlight        409  the same Idempotency-Key is being answered right now
@@ -82,12 +84,20 @@ class ClientRevoked(Forbidden):
     code, title = "client-revoked", "This API key was revoked"
 
 
+class DecodersNotAllowed(Forbidden):
+    code, title = "decoders-not-allowed", "This server takes no decoders"
+
+
 class BudgetExhausted(Forbidden):
     code, title = "budget-exhausted", "The query budget does not cover this batch"
 
 
 class NotFound(OracleError):
     status, code, title = 404, "not-found", "Not found"
+
+
+class DecoderUnknown(NotFound):
+    code, title = "decoder-unknown", "This client has no such decoder here"
 
 
 class MethodNotAllowed(OracleError):
@@ -145,8 +155,10 @@ _CLASSES: tuple[type[OracleError], ...] = (
     Unauthorized,
     Forbidden,
     ClientRevoked,
+    DecodersNotAllowed,
     BudgetExhausted,
     NotFound,
+    DecoderUnknown,
     MethodNotAllowed,
     RequestTimeout,
     RequestInFlight,

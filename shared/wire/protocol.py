@@ -15,6 +15,7 @@ MODEL_NAME: Final = "classifier"
 MODEL_VERSION: Final = "1"
 INPUT_NAME: Final = "images"
 OUTPUT_NAME: Final = "logits"
+LATENTS_NAME: Final = "latents"  # an input instead of images, of a registered decoder
 BINARY_EXTENSION: Final = "binary_tensor_data"
 
 # Header names. HTTP compares them without regard to case.
@@ -30,6 +31,7 @@ RATELIMIT_POLICY_HEADER: Final = "RateLimit-Policy"
 
 BUDGET_ROUTE: Final = "/v1/budget"
 CHARGES_ROUTE: Final = "/v1/charges"
+DECODERS_ROUTE: Final = "/v1/decoders"
 LEDGER_ROUTE: Final = "/v1/ledger"
 METRICS_ROUTE: Final = "/metrics"
 INFER_ROUTE: Final = f"/v2/models/{MODEL_NAME}/infer"
@@ -38,6 +40,18 @@ METADATA_ROUTE: Final = f"/v2/models/{MODEL_NAME}"
 # Parameters in the model's metadata: most rows of a batch; what an answer holds where it is not logits.
 MAX_BATCH_ROWS_PARAMETER: Final = "max_batch_rows"
 SCORES_PARAMETER: Final = "scores"
+# And where decoders may be registered: that they may, and within which limits.
+DECODERS_PARAMETER: Final = "decoders"
+MAX_DECODER_BYTES_PARAMETER: Final = "max_decoder_bytes"
+MAX_DECODER_LAYERS_PARAMETER: Final = "max_decoder_layers"
+MAX_DECODER_ACTIVATIONS_PARAMETER: Final = "max_decoder_activations"
+MAX_DECODER_MULTIPLY_ADDS_PARAMETER: Final = "max_decoder_multiply_adds"
+MAX_CLIENT_DECODERS_PARAMETER: Final = "max_client_decoders"
+
+FACTORED_PARAMETER: Final = "factored"  # true where factored query batches are read
+# Parameters of a request: which decoder its points are latents of; whether pixels are clamped to [0, 1].
+DECODER_PARAMETER: Final = "decoder"
+CLAMP_PARAMETER: Final = "clamp"
 
 MAX_IDEMPOTENCY_KEY: Final = 255
 CHARGES_PAGE: Final = 1000
@@ -140,6 +154,22 @@ class BudgetStatement(Message):
     spent: int
     held: int = 0  # set aside for requests in flight
     remaining: int
+
+
+class DecoderStatement(Message):
+    """A decoder of the caller's: `POST /v1/decoders` answers with it, and queries name it by `decoder`."""
+
+    decoder: str  # 32 hexadecimal digits, of its content: registered again, the same
+    latent: int
+    image_shape: tuple[int, int, int]
+    bytes: int  # of its weights
+
+
+class DecoderList(Message):
+    """`GET /v1/decoders`: the caller's own, the one used last at the end."""
+
+    client: str
+    decoders: tuple[DecoderStatement, ...]
 
 
 class LedgerStatement(Message):

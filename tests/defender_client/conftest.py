@@ -1,20 +1,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
-from defender_support import certify_here, tiny, train_here
+from defender_support import MAX_ROWS, Trained, certify_here, tiny, train_here
 from oracle_support import Caller, Running, running
 from torch import nn
 
-from defender_client.config import RunConfig
 from defender_client.oracle_client import RemoteOracle
 from oracle_server.loading import load_classifier
 from oracle_server.settings import Settings
-
-MAX_ROWS = 256
 
 
 @pytest.fixture(scope="session")
@@ -42,15 +37,6 @@ def oracle(server: Running, caller: Caller) -> Iterator[RemoteOracle]:
 def classifier() -> nn.Module:
     """What the server hides: images [n, 1, 8, 8] -> logits [n, 10]."""
     return load_classifier(Settings()).module
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A run that was trained and certified, and the client whose budget paid for it."""
-
-    run: Path
-    config: RunConfig
-    caller: Caller
 
 
 @pytest.fixture(scope="session")

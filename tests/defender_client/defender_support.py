@@ -38,7 +38,7 @@ from defender_client.train import STACK_FILE, train
 from oracle_server.server import listen
 from shared.wire import protocol
 
-# A run of seconds: latent 8, three steps an epoch, several requests a step.
+# A run of seconds: latent 8, three steps an epoch, several requests a step; one at a time, so that they can be counted.
 TINY = """\
 description = "for tests"
 sigma = 0.25
@@ -63,10 +63,12 @@ batch = 32
 epochs = 2
 batch = 32
 query_rows = 128
+in_flight = 1
 [certify]
 n0 = 10
 n = 100
 images = 4
+in_flight = 1
 """
 DNCNN = ("denoiser.architecture=dncnn", "denoiser.depth=3", "denoiser.width=8")
 RGE = ("estimator.name=rge",)
@@ -83,6 +85,18 @@ def write_tiny(folder: Path) -> Path:
 def tiny(folder: Path, *settings: str) -> RunConfig:
     """The tiny configuration with `--set` changes."""
     return configs.load_preset(str(write_tiny(folder)), settings)
+
+
+MAX_ROWS = 256  # of a batch, for the server of these tests
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run that was trained and certified, and the client whose budget paid for it."""
+
+    run: Path
+    config: RunConfig
+    caller: Caller
 
 
 # --- runs in this process --------------------------------------------------------------------------------------------
@@ -194,13 +208,15 @@ class Interfering(httpx.BaseTransport):
     ) -> None:
         self._real = httpx.HTTPTransport()
         self._before, self._after = before, after
+        self._lock = threading.Lock()
         self.count = 0
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         if request.url.path != protocol.INFER_ROUTE:
             return self._real.handle_request(request)
-        self.count += 1
-        number = self.count
+        with self._lock:
+            self.count += 1
+            number = self.count
         own = self._before(number)
         if own is not None:
             return own

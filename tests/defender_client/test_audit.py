@@ -10,8 +10,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import Trained
-from defender_support import Interfering, Killed, at, certify_here, tiny, train_here
+from defender_support import Interfering, Killed, Trained, at, certify_here, tiny, train_here
 from oracle_support import Caller, Running, digits, pay
 
 from defender_client.audit import Audit, audit

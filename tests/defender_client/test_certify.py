@@ -9,8 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Trained
-from defender_support import Interfering, Killed, at, certify_here, opened, spent, spent_by_purpose, tiny, train_here
+from defender_support import (
+    Interfering,
+    Killed,
+    Trained,
+    at,
+    certify_here,
+    opened,
+    spent,
+    spent_by_purpose,
+    tiny,
+    train_here,
+)
 from oracle_support import Caller, Running
 from torch import nn
 
@@ -83,15 +93,15 @@ def test_the_same_seed_is_the_same_noise_for_every_stack(
     server: Running, caller: Caller, run: Path, trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[list[torch.Tensor]] = []
-    forward = stacks.Stack.forward
+    front = stacks.Stack.front
 
     def noted(self: stacks.Stack, images: torch.Tensor) -> torch.Tensor:
         seen[-1].append(images)
-        return forward(self, images)
+        return front(self, images)
 
     undefended = load_preset("standard", ["certify.n0=10", "certify.n=100", "certify.images=4"])
     train_here(undefended, tmp_path / "undefended", server.url, caller.key)
-    monkeypatch.setattr(stacks.Stack, "forward", noted)
+    monkeypatch.setattr(stacks.Stack, "front", noted)
     for config, folder in ((trained.config, run), (undefended, tmp_path / "undefended")):
         seen.append([])
         certify_here(config, folder, server.url, caller.key)

@@ -13,8 +13,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from conftest import Trained
-from defender_support import PIXELS, Interfering, command, same_tensors, spent, wait_until, write_tiny
+from defender_support import PIXELS, Interfering, Trained, command, same_tensors, spent, wait_until, write_tiny
 from oracle_support import Caller, Running, pay
 from typer.testing import CliRunner, Result
 

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Trained
 from defender_support import (
     PIXELS,
     RGE,
     Interfering,
     Killed,
+    Trained,
     at,
     opened,
     same_tensors,

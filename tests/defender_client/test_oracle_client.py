@@ -17,8 +17,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from conftest import MAX_ROWS
-from defender_support import CuttingProxy, Interfering, ServerProcess, at, spent, wait_until
+from defender_support import MAX_ROWS, CuttingProxy, Interfering, ServerProcess, at, spent, wait_until
 from oracle_support import Caller, Held, Running, digits, running
 from torch import nn
 

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import Trained
-from defender_support import RGE, Interfering, Killed, at, certify_here, spent, tiny
+from defender_support import RGE, Interfering, Killed, Trained, at, certify_here, spent, tiny
 from oracle_support import Caller, Running, digits
 
 from defender_client import plan as plans
@@ -117,9 +116,18 @@ def test_the_time_is_measured_once_the_oracle_has_answered(
         assert 0 < result.seconds < 3600
 
 
+FOREIGN = {
+    "name": "classifier",
+    "inputs": [{"name": "images", "datatype": "FP32", "shape": [-1, 1, 8, 8]}],
+    "outputs": [{"name": "logits", "datatype": "FP32", "shape": [-1, 10]}],
+}
+
+
 def test_a_server_that_keeps_no_account_is_planned_for_too(tmp_path: Path) -> None:
     def handle(request: httpx.Request) -> httpx.Response:
         assert request.url.path != protocol.INFER_ROUTE
+        if request.url.path == protocol.METADATA_ROUTE:
+            return httpx.Response(200, json=FOREIGN)
         return httpx.Response(404, json={"error": "no such route"})
 
     with RemoteOracle("http://foreign", transport=httpx.MockTransport(handle)) as oracle:

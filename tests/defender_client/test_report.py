@@ -13,8 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Trained
-from defender_support import PIXELS, tiny
+from defender_support import PIXELS, Trained, tiny
 from oracle_support import Running
 from PIL import Image
 

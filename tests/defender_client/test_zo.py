@@ -82,7 +82,30 @@ def test_probes_lie_where_the_docstring_says(name: str, difference: Difference) 
         ahead, behind = offsets.chunk(2, dim=1)
         torch.testing.assert_close(ahead, -behind, rtol=0.0, atol=1e-12)
     lengths = torch.linalg.vector_norm(offsets, dim=2)
-    torch.testing.assert_close(lengths, torch.full_like(lengths, 0.01), rtol=1e-9, atol=0.0)
+    torch.testing.assert_close(lengths, torch.full_like(lengths, 0.01), rtol=1e-6, atol=0.0)
+
+
+@every_estimator
+@both_differences
+@pytest.mark.parametrize("scale", [1.0, 300.0])
+def test_what_is_asked_factored_is_the_same_to_the_bit(name: str, difference: Difference, scale: float) -> None:
+    points = scale * torch.randn(4, 18, generator=seeded())
+    dense, factored = build(name, difference), build(name, difference)
+    for _ in range(2):  # the second draws further on
+        probes, asked = dense.ask(points), factored.ask_factored(points)
+        assert torch.equal(probes.flatten(0, 1), torch.from_numpy(asked.expand(0, len(asked))))
+        losses = nonlinear(18)(probes.flatten(0, 1).double()).detach().view(probes.shape[:2])
+        assert torch.equal(dense.tell(losses), factored.tell(losses))
+
+
+def test_factored_probes_are_float32_and_must_move() -> None:
+    with pytest.raises(ValueError, match="float32"):
+        build("cge").ask_factored(torch.zeros(1, 3, dtype=torch.float64))
+    for name in NAMES:
+        with pytest.raises(StepVanished):
+            build(name, mu=1e-6).ask_factored(torch.full((1, 3), 1000.0))
+        with pytest.raises(ValueError, match="finite"):
+            build(name).ask_factored(torch.full((1, 3), float("nan")))
 
 
 # What it estimates

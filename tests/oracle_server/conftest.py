@@ -23,6 +23,7 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         max_batch_rows=MAX_ROWS,
         max_body_bytes=MAX_BODY,
         body_timeout=2.0,
+        allow_decoders=True,
     )
     with running(settings) as started:
         yield started

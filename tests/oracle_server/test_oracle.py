@@ -5,7 +5,7 @@ import pytest
 import torch
 from oracle_support import digits
 
-from oracle_server.engines import EagerEngine
+from oracle_server.engines import build_block_engine
 from oracle_server.oracle import Oracle
 from oracle_server.rows import DenseRows
 from shared.wire.errors import MalformedRequest, UnacceptableValues
@@ -15,7 +15,7 @@ from shared.wire.errors import MalformedRequest, UnacceptableValues
 def oracle() -> Oracle:
     torch.manual_seed(0)
     module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3)).eval()
-    return Oracle(EagerEngine(module, torch.device("cpu"), 4), (1, 8, 8), 3, block=4)
+    return Oracle(build_block_engine(module, (1, 8, 8), most=4), (1, 8, 8), 3, block=4)
 
 
 def test_blocks_make_no_difference(oracle: Oracle) -> None:

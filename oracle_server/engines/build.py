@@ -1,0 +1,138 @@
+"""The engine that the settings ask for: built, measured or remembered, and said so in the log."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Callable
+
+import torch
+
+from oracle_server.cpus import usable_cpus
+from oracle_server.engines import cache
+from oracle_server.engines.blocks import BlockEngine
+from oracle_server.engines.candidate import NotACandidate
+from oracle_server.engines.choice import Chosen, choose
+from oracle_server.engines.crew import Crew, default_crew, device_crew
+from oracle_server.engines.eager import EXACT, Arithmetic, eager
+from oracle_server.engines.engine import Compute, Engine
+from oracle_server.engines.fused import fused
+from oracle_server.engines.ladder import VaryingAnswers
+from oracle_server.engines.onnx import onnxruntime
+from oracle_server.loading import Classifier
+from oracle_server.settings import Settings
+from oracle_server.weight_files import ModelError
+
+log = logging.getLogger(__name__)
+_MOST_ON = {"cpu": 256, "cuda": 1024}  # rows of the largest block that is tried
+
+
+def build_engine(classifier: Classifier, settings: Settings) -> Engine:
+    """The engine that the settings ask for.
+
+    Raises:
+        ModelError: the device is not there, or the engine asked for cannot compute this classifier here.
+    """
+    torch.set_num_threads(usable_cpus())
+    device = _device(settings)
+    arithmetic = Arithmetic(device, _dtype(settings))
+    team = device_crew() if device.type == "cuda" else default_crew()
+    makers = _makers(classifier, settings, arithmetic)
+    folder = cache.folder_of(settings)
+    key = cache.key_of(classifier.module, classifier.image_shape, settings, device, team.threads)
+    known = cache.load(folder, key)
+    if known is not None and known.engine in makers:
+        try:
+            engine = BlockEngine(known.engine, makers[known.engine](), known.ladder, team)
+        except NotACandidate as error:
+            log.info("engine %s, chosen at an earlier start, is gone: %s", known.engine, error)
+        else:
+            log.info("%s; measured at an earlier start", _said(known, team))
+            return engine
+    began = time.perf_counter()
+    chosen = _choose(classifier, settings, makers, team, device)
+    engine = chosen.engine
+    measured = cache.Measured(
+        engine=engine.name,
+        sizes=engine.ladder.sizes,
+        rate=engine.ladder.rate,
+        shape=engine.ladder.shape,
+        spread=engine.ladder.spread,
+        rates=chosen.rates,
+        difference=chosen.difference,
+    )
+    cache.save(folder, key, measured)
+    log.info("%s; measured in %.1f s", _said(measured, team), time.perf_counter() - began)
+    return engine
+
+
+def _makers(classifier: Classifier, settings: Settings, arithmetic: Arithmetic) -> dict[str, Callable[[], Compute]]:
+    """How to make each engine that the settings allow, the plainest first."""
+    module = classifier.module
+    makers: dict[str, Callable[[], Compute]] = {
+        "eager": functools.partial(eager, module, arithmetic),
+        "compile": functools.partial(fused, module, arithmetic),
+    }
+    if arithmetic == EXACT:
+        patient = settings.engine == "onnxruntime"
+        makers["onnxruntime"] = functools.partial(onnxruntime, module, classifier.image_shape, patient=patient)
+    elif settings.engine == "onnxruntime":
+        raise ModelError("--engine onnxruntime computes float32 on the CPU: leave out --precision and --device cuda")
+    if settings.engine == "auto":
+        return makers
+    return {name: make for name, make in makers.items() if name in ("eager", settings.engine)}
+
+
+def _choose(
+    classifier: Classifier,
+    settings: Settings,
+    makers: dict[str, Callable[[], Compute]],
+    team: Crew,
+    device: torch.device,
+) -> Chosen:
+    wanted = None if settings.engine == "auto" else settings.engine
+    most = settings.engine_block or _MOST_ON[device.type]
+    try:
+        return choose(makers, classifier.image_shape, team, most, wanted)
+    except NotACandidate as error:
+        raise ModelError(f"--engine {settings.engine}: {error}") from error
+    except VaryingAnswers as error:
+        raise ModelError(f"this classifier cannot be served: {error}") from error
+
+
+def _said(measured: cache.Measured, team: Crew) -> str:
+    rates = ", ".join(f"{name} {rate:,.0f}" for name, rate in measured.rates.items())
+    return (
+        f"engine {measured.engine}: images/s {rates}; logits within {measured.difference:.1e} of eager; "
+        f"{team.threads} thread(s), blocks of {', '.join(map(str, measured.sizes))} rows, which agree bit for bit "
+        f"(any sizes: within {measured.spread:.1e})"
+    )
+
+
+def _dtype(settings: Settings) -> torch.dtype:
+    if settings.precision == "bfloat16":
+        log.warning(
+            "--precision bfloat16 keeps 8 of float32's 24 significant bits: finite differences of the logits, which "
+            "zeroth-order training lives on, lose their digits"
+        )
+        return torch.bfloat16
+    return torch.float32
+
+
+def _device(settings: Settings) -> torch.device:
+    name = settings.device
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ModelError("--device cuda: this machine has no CUDA device that torch can use")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        # TF32 keeps 10 of float32's 23 bits, and finite differences of the answers live in the others.
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = settings.tf32
+        # The algorithm for a shape is the same one each time, in each process.
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
+        if settings.tf32:
+            log.warning("--tf32 keeps 10 of float32's 23 bits: finite differences of the logits lose their digits")
+    elif settings.tf32:
+        raise ModelError("--tf32 is CUDA's: the CPU has no such arithmetic")
+    return torch.device(name)
