@@ -81,17 +81,19 @@ class Admission:
         self._check(mine, _Held(self._all.requests - mine.requests, self._all.rows - mine.rows), rows)
 
     @contextmanager
-    def enter(self, client_id: int | None, rows: int) -> Iterator[Place]:
+    def enter(self, client_id: int | None, rows: int, *, bounded: bool = True) -> Iterator[Place]:
         """Be in the queue for the time of an inference request.
 
         Args:
             client_id: whose it is; None where that is to be found out, and then `Place.claim`ed.
             rows: what is known of its rows before its body is read; at least 1.
+            bounded: whether it must fit; not for what will be refused for another reason.
 
         Raises:
             Overloaded: it does not fit.
         """
-        self.check(client_id, rows)
+        if bounded:
+            self.check(client_id, rows)
         place = Place(self, client_id, rows)
         self._add(client_id, 1, rows)
         try:

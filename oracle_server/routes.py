@@ -136,11 +136,11 @@ async def model_ready(service: Parts) -> dict[str, bool]:
 async def infer(
     request: Request, service: Parts, _documented: Annotated[HTTPAuthorizationCredentials | None, Security(bearer)]
 ) -> Response:
-    with service.gate.enter(), service.shedder.enter(request.headers.raw) as place:
+    with service.shedder.enter(request.headers.raw) as place:
         caller = await find_caller(service, request)
         place.claim(caller.id)
         service.admission.remember(request.headers["Authorization"].encode("latin-1"), caller.id, caller.name)
-        with service.policy.visit(caller.id) as visit, service.room.share() as share:
+        with service.policy.visit(caller.id) as visit, service.gate.enter(), service.room.share() as share:
             settings = service.settings
             idempotency_key = _idempotency_key(only(request, protocol.IDEMPOTENCY_KEY_HEADER))
             json_length = _json_length(only(request, protocol.JSON_LENGTH_HEADER))

@@ -82,7 +82,8 @@ class Shedder:
             Overloaded: it does not fit.
         """
         known = self._admission.recall(dict(headers).get(_KEY, b""))
-        return self._admission.enter(known[0] if known else None, self.rows_at_least(headers))
+        bounded = not self._gate.draining  # or it is told so
+        return self._admission.enter(known[0] if known else None, self.rows_at_least(headers), bounded=bounded)
 
     def shed(self, method: bytes, target: bytes, headers: Headers) -> Shed | None:
         """Why a request with this head would not be let into the queue.
