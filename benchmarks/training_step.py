@@ -14,7 +14,6 @@ Cases: `cge-central` (2 d probes a sample: the public code), `cge-forward` (d + 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import shlex
 import sys
 import tempfile
@@ -58,6 +57,7 @@ _LABEL_QUERIES = 2  # a sample and step, of the public code
 _PARTS = (
     ("denoise and encode", "defender_client.stack:Stack.front"),
     ("ask", "defender_client.zo.base:Estimator.ask"),
+    ("ask", "defender_client.zo.base:Estimator.ask_factored"),
     ("decode", "defender_client.stack:Stack.back"),
     ("encode request", "defender_client.request_key:encode"),
     ("digest request", "defender_client.request_key:digest"),
@@ -68,7 +68,7 @@ _PARTS = (
     ("backward", "torch:Tensor.backward"),
     ("optimizer", "torch.optim:Adam.step"),
 )
-_REST = "the rest"
+_REST = "the rest, and waiting for other threads"
 
 
 def main() -> None:
@@ -369,13 +369,11 @@ class Stopwatch:
         self._start = 0.0
 
     def attach(self) -> None:
-        """Time `_PARTS` from now on, those that exist."""
+        """Time `_PARTS` from now on, those whose module is loaded and has them."""
         for name, place in _PARTS:
             module, _, path = place.partition(":")
             *outer, last = path.split(".")
-            if importlib.util.find_spec(module) is None:
-                continue
-            holder: Any = importlib.import_module(module)
+            holder: Any = sys.modules.get(module)
             for part in outer:
                 holder = getattr(holder, part, None)
             timed = getattr(holder, last, None)

@@ -9,7 +9,7 @@ import sys
 import tomllib
 from pathlib import Path
 
-IMAGES = {"server": ("server", "postgres"), "client": ("client",)}  # image -> the extras it holds
+IMAGES = {"server": ("server", "postgres", "onnxruntime"), "client": ("client",)}  # image -> the extras it holds
 
 
 def main(pyproject: Path, out: Path) -> None:

@@ -81,39 +81,45 @@ class Admission:
         self._check(mine, _Held(self._all.requests - mine.requests, self._all.rows - mine.rows), rows)
 
     @contextmanager
-    def enter(self, client_id: int, rows: int) -> Iterator[Place]:
+    def enter(self, client_id: int | None, rows: int, *, bounded: bool = True) -> Iterator[Place]:
         """Be in the queue for the time of an inference request.
 
         Args:
-            client_id: whose it is.
+            client_id: whose it is; None where that is to be found out, and then `Place.claim`ed.
             rows: what is known of its rows before its body is read; at least 1.
+            bounded: whether it must fit; not for what will be refused for another reason.
 
         Raises:
             Overloaded: it does not fit.
         """
-        self.check(client_id, rows)
-        mine = self._clients.setdefault(client_id, _Held())
-        place = Place(self, mine, rows)
-        for held in (mine, self._all):
-            held.requests += 1
-            held.rows += rows
+        if bounded:
+            self.check(client_id, rows)
+        place = Place(self, client_id, rows)
+        self._add(client_id, 1, rows)
         try:
             yield place
         finally:
-            for held in (mine, self._all):
-                held.requests -= 1
-                held.rows -= place.rows
-            if not mine.requests:
-                del self._clients[client_id]
+            self._add(place.client_id, -1, -place.rows)
 
-    def resize(self, place: Place, mine: _Held, rows: int) -> None:
-        """Let a place be of `rows` rows; raises `Overloaded` where they do not fit beside the others."""
-        if rows > place.rows:
-            others = _Held(self._all.requests - mine.requests, self._all.rows - mine.rows)
-            self._check(_Held(mine.requests - 1, mine.rows - place.rows), others, rows)
-        for held in (mine, self._all):
-            held.rows += rows - place.rows
-        place.rows = rows
+    def move(self, place: Place, client_id: int | None, rows: int) -> None:
+        """Let a place be a client's, and of `rows` rows; raises `Overloaded` where that does not fit."""
+        self._add(place.client_id, -1, -place.rows)
+        try:
+            if client_id != place.client_id or rows > place.rows:
+                self.check(client_id, rows)
+            place.client_id, place.rows = client_id, rows
+        finally:
+            self._add(place.client_id, 1, place.rows)
+
+    def _add(self, client_id: int | None, requests: int, rows: int) -> None:
+        held = [self._all]
+        if client_id is not None:
+            held.append(self._clients.setdefault(client_id, _Held()))
+        for each in held:
+            each.requests += requests
+            each.rows += rows
+        if client_id is not None and not held[-1].requests:
+            del self._clients[client_id]
 
     def _check(self, mine: _Held, others: _Held, rows: int) -> None:
         """Whether a request of `rows` rows fits beside its client's own requests and the others'."""
@@ -137,15 +143,19 @@ class Admission:
 
 
 class Place:
-    """One request's place in the queue; `rows` is how many it counts for now."""
+    """One request's place in the queue: whose it is, and for how many rows it counts now."""
 
-    def __init__(self, admission: Admission, mine: _Held, rows: int) -> None:
-        self.rows = rows
-        self._admission, self._mine = admission, mine
+    def __init__(self, admission: Admission, client_id: int | None, rows: int) -> None:
+        self.client_id, self.rows = client_id, rows
+        self._admission = admission
+
+    def claim(self, client_id: int) -> None:
+        """Count it for a client, now that its key was looked up; raises `Overloaded` where it has its share already."""
+        self._admission.move(self, client_id, self.rows)
 
     def resize(self, rows: int) -> None:
-        """Count for `rows` rows, as the body says; raises `Overloaded` where they do not fit."""
-        self._admission.resize(self, self._mine, rows)
+        """Count it for `rows` rows, as the body says; raises `Overloaded` where they do not fit."""
+        self._admission.move(self, self.client_id, rows)
 
 
 def _digest(authorization: bytes) -> bytes:

@@ -135,7 +135,7 @@ class Batcher:
     def submit(self, rows: Rows, client: Hashable = None) -> Future[Float32]:
         """Queue a request; the future has its logits [n, k] as soon as its last row is computed.
 
-        It raises what `rows.images` or the engine raised for one of its rows. Once it is cancelled, the rows that
+        It raises what `rows.images` or the engine raised for its rows, not for others'. Once it is cancelled, rows that
         are not in a block yet are not computed.
         """
         if not len(rows):
@@ -167,29 +167,31 @@ class Batcher:
 
     def _run(self) -> None:
         while self._await_work():
-            start = time.perf_counter()
-            parts = self._take()
-            images = self._assemble(parts)
-            if not images:
-                continue
-            computed = [part for part, _ in images]
-            rows = sum(part.stop - part.start for part in computed)
-            began = time.perf_counter()
-            try:
-                logits = self._predict(images[0][1] if len(images) == 1 else np.concatenate([i for _, i in images]))
-                if len(logits) != rows:
-                    raise ValueError(f"the engine answered {len(logits)} rows to {rows}")
-            except BaseException as error:
-                for part in computed:
-                    self._end(part.request, error)
-                continue
-            end = time.perf_counter()
-            del images
-            self._on_block(rows, end - began)
-            with self._changed:
-                self._recent_rows = _DECAY * self._recent_rows + rows
-                self._recent_seconds = _DECAY * self._recent_seconds + (end - start)
-            self._deliver(computed, logits)
+            made = self._assemble(self._take())
+            if made:
+                self._compute(made)
+
+    def _compute(self, made: list[tuple[_Part, Float32]]) -> None:
+        """Compute a block. Where that fails, the parts are tried alone: one may have brought it upon the others."""
+        rows = sum(part.stop - part.start for part, _ in made)
+        start = time.perf_counter()
+        try:
+            logits = self._predict(made[0][1] if len(made) == 1 else np.concatenate([images for _, images in made]))
+            if len(logits) != rows:
+                raise ValueError(f"the engine answered {len(logits)} rows to {rows}")
+        except BaseException as error:
+            if len(made) == 1:
+                self._end(made[0][0].request, error)
+                return
+            for single in made:
+                self._compute([single])
+            return
+        seconds = time.perf_counter() - start
+        self._on_block(rows, seconds)
+        with self._changed:
+            self._recent_rows = _DECAY * self._recent_rows + rows
+            self._recent_seconds = _DECAY * self._recent_seconds + seconds
+        self._deliver([part for part, _ in made], logits)
 
     def _await_work(self) -> bool:
         """Sleep until a block should be computed; False once there will be none."""

@@ -1,8 +1,8 @@
 """One write transaction of charges: a group of operations, decided in order and written together.
 
-A request is paid in two steps, each durable before the next thing happens:
+A request is paid in two steps, each durable before the next one:
 
-    reserve    its rows are set aside, before anything is computed
+    reserve    its rows are set aside, while they are computed
     charge     they are paid, after the answer was computed and before its first byte is sent
     release    they are set free, because no answer will be given
 

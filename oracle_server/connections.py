@@ -98,6 +98,7 @@ class BoundedProtocol(HttpToolsProtocol):
     _answer_timer: asyncio.TimerHandle | None = None
     _shed: Shed | None = None  # the refusal of the request whose body is dropped now
     _shed_since = 0.0
+    _to_drop = 0  # bytes of that body that are still to come
     _shed_timer: asyncio.TimerHandle | None = None
 
     # --- the connection ---
@@ -120,6 +121,9 @@ class BoundedProtocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         rest = memoryview(data)
         while rest and not self._refused and not self.transport.is_closing():
+            if self._to_drop:
+                rest = rest[self._drop(len(rest)) :]
+                continue
             # Never more than may be held, so that the last byte that is taken is the same however they arrive.
             rest = rest[self._feed(rest[: self.limits.header_bytes - self._held]) :]
 
@@ -129,6 +133,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._held = held = self._held + taken
         try:
             self.parser.feed_data(piece)
+            if self._to_drop and self._shed_timer is None:  # of a body that did not come with its head
+                self._shed_timer = self.loop.call_later(self.limits.answer_timeout, self._stop_waiting_for_body)
         except httptools.HttpParserUpgrade as upgrade:
             taken = upgrade.args[0]  # there is nothing to upgrade to: what follows is the next request
         except httptools.HttpParserError as error:
@@ -161,16 +167,18 @@ class BoundedProtocol(HttpToolsProtocol):
         self._shed = self._look_for_room()
         if self._shed is None:
             super().on_headers_complete()
+        else:
+            self._to_drop = self._shed.length
 
     def on_body(self, body: bytes) -> None:
         self._held = 0
         if self._shed is None:
             super().on_body(body)
-        elif self._shed_timer is None:  # it did not come with its head
-            self._shed_timer = self.loop.call_later(self.limits.answer_timeout, self._stop_waiting_for_body)
+        else:
+            self._to_drop -= len(body)
 
     def on_message_complete(self) -> None:
-        self._held, self._in_head = 0, True
+        self._held, self._in_head, self._to_drop = 0, True, 0
         if self._shed is None:
             super().on_message_complete()
         else:
@@ -207,6 +215,16 @@ class BoundedProtocol(HttpToolsProtocol):
         self._expect_reader()
         self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 
+    def _drop(self, arrived: int) -> int:
+        """Take what of `arrived` bytes is body, past the parser, which would copy it; returns how many they are."""
+        dropped = min(arrived, self._to_drop)
+        self._to_drop -= dropped
+        if not self._to_drop:
+            self.parser = httptools.HttpRequestParser(self)  # the old one still waits for the body
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's
+            self.on_message_complete()
+        return dropped
+
     def _body_arrived(self) -> None:
         if self._shed_timer is not None:
             self._shed_timer.cancel()
@@ -214,7 +232,8 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _stop_waiting_for_body(self) -> None:
         self._shed_timer = None
-        self._refuse(RequestTimeout(f"the body did not arrive within {self.limits.answer_timeout:g} seconds"))
+        if self._shed is not None:
+            self._refuse(self._shed.error)  # whether or not it arrives, as with any answer to an endless body
 
     # --- limits ---
 

@@ -31,6 +31,7 @@ from shared.wire import protocol
 from shared.wire.errors import DecodersNotAllowed, DecoderUnknown, MalformedRequest, TooLarge, UnacceptableValues
 
 _THREAD_ELEMENTS = 2**22  # of activations that one thread holds at once, where more than one row is in its block
+_ANCHOR, _ANCHOR_MULTIPLY_ADDS = 16, 2**29  # rows, and multiply-adds of a block: some 20 ms of a core
 _MEASURE_S = 0.3  # for finding the block sizes that give the same bits; the engine's threads do it between batches
 
 
@@ -58,8 +59,14 @@ class Decoder:
         self.image_shape = spec.image_shape
         self.bytes = cost.weight_bytes
         most = max(1, min(MOST, _THREAD_ELEMENTS // cost.activations))
+        # By arithmetic and not by the clock: registered again, after a restart say, it gives the same bits again.
+        anchor = 1
+        while 2 * anchor <= min(most, _ANCHOR) and 2 * anchor * cost.multiply_adds <= _ANCHOR_MULTIPLY_ADDS:
+            anchor *= 2
         try:
-            self._engine = build_block_engine(_module(spec, tensors), (spec.latent,), most=most, budget_s=_MEASURE_S)
+            self._engine = build_block_engine(
+                _module(spec, tensors), (spec.latent,), most=most, budget_s=_MEASURE_S, anchor=anchor
+            )
         except VaryingAnswers as error:
             raise UnacceptableValues(f"{error}: it was not registered") from None
         except RuntimeError as error:
@@ -104,7 +111,8 @@ class Decoder:
         if np.isnan(images.sum(dtype=np.float64)):
             row = int(np.isnan(images).reshape(len(images), -1).any(1).argmax())
             raise UnacceptableValues(
-                f"decoder {self.id} makes an image that is not finite of latent {row}; nothing was charged", row=row
+                f"decoder {self.id} makes an image that is not finite of a latent (see `row`); nothing was charged",
+                row=row,
             )
         return images
 

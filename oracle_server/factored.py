@@ -122,7 +122,12 @@ class DecodedRows:
     def images(self, start: int, stop: int) -> Float32:
         latents = self._points.expand(start, stop)
         check_finite("latents", latents)  # base and steps are finite, and their sum may not be
-        return self._decode(latents)
+        try:
+            return self._decode(latents)
+        except UnacceptableValues as refusal:
+            if isinstance(row := refusal.extensions.get("row"), int):
+                refusal.extensions["row"] = row + start  # of the request, and not of the block
+            raise
 
     def arrange(self, logits: Float32) -> Float32:
         return logits.reshape(*self._answered, logits.shape[-1])

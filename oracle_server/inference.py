@@ -1,4 +1,4 @@
-"""One inference request from its bytes to its answer: prepare, reserve, predict, encode, charge, in this order.
+"""One inference request from its bytes to its answer: prepare; reserve and predict at once; encode; charge.
 
 Everything that can be refused is refused before anything is reserved; what fails after that is released.
 """
@@ -65,7 +65,7 @@ def prepare(
 
 
 async def answer(service: Service, client: Client, idempotency_key: str | None, prepared: Prepared) -> Answer:
-    """Reserve, compute, charge, in this order; what is returned is paid for and may be sent.
+    """Reserve and compute, then charge; what is returned is paid for and may be sent.
 
     A client that goes away meanwhile has paid; with its idempotency key it can have the answer again for free.
 
@@ -77,9 +77,16 @@ async def answer(service: Service, client: Client, idempotency_key: str | None, 
     """
     with service.gate.hold(client.id, idempotency_key):
         rows = len(prepared.rows)
-        reservation = await _reserve(service, Reserve(client.id, rows, idempotency_key, prepared.sha256))
+        # The disk and the engine work at the same time, unless there is a reason to expect a refusal.
+        begun = service.batcher.submit(prepared.rows, client.id) if rows <= client.account.remaining else None
         try:
-            logits = await asyncio.wrap_future(service.batcher.submit(prepared.rows, client.id))
+            reservation = await _reserve(service, Reserve(client.id, rows, idempotency_key, prepared.sha256))
+        except BaseException:
+            if begun is not None:
+                begun.cancel()
+            raise
+        try:
+            logits = await asyncio.wrap_future(begun or service.batcher.submit(prepared.rows, client.id))
             scores = await service.policy.transform(logits, prepared.rows, reservation.seq)
             service.policy.fail_by_chance()
             encoded = await service.on_bodies(_encode, prepared.request, prepared.rows, scores)

@@ -59,24 +59,7 @@ async def get_visible_client(service: Parts, request: Request) -> str | None:
     return None if caller.is_admin else caller.name
 
 
-async def get_asker(
-    request: Request, service: Parts, _documented: Annotated[HTTPAuthorizationCredentials | None, Security(bearer)]
-) -> Client:
-    """`find_caller`, for a request that will be refused at once where there is no room for it in the queue.
-
-    Before its key is looked up: what costs the least to refuse is what nothing has been done for.
-    """
-    shed = service.shedder.look(request.headers.raw)
-    if shed is not None:
-        setattr(request.state, CALLER, shed.client)
-        raise shed.error
-    client = await find_caller(service, request)
-    service.admission.remember(request.headers["Authorization"].encode("latin-1"), client.id, client.name)
-    return client
-
-
 Caller = Annotated[Client, Depends(get_caller)]
-Asker = Annotated[Client, Depends(get_asker)]
 
 
 async def check_model(model: Annotated[str, Path(json_schema_extra={"enum": [protocol.MODEL_NAME]})]) -> None:
@@ -150,22 +133,23 @@ async def model_ready(service: Parts) -> dict[str, bool]:
 
 @versioned.post("/infer", include_in_schema=False)
 @unversioned.post("/infer", **INFER)
-async def infer(request: Request, service: Parts, caller: Asker) -> Response:
-    with (
-        service.policy.visit(caller.id) as visit,
-        service.gate.enter(),
-        service.admission.enter(caller.id, service.shedder.rows_at_least(request.headers.raw)) as place,
-        service.room.share() as share,
-    ):
-        settings = service.settings
-        idempotency_key = _idempotency_key(only(request, protocol.IDEMPOTENCY_KEY_HEADER))
-        json_length = _json_length(only(request, protocol.JSON_LENGTH_HEADER))
-        encoding = only(request, "Content-Encoding") or ""
-        body = await read_body(request, share, limit=settings.max_body_bytes, timeout=settings.body_timeout)
-        prepared = await service.on_bodies(prepare, service, caller.id, body, encoding, json_length, share)
-        place.resize(len(prepared.rows))
-        await visit.admit(len(prepared.rows))
-        answered = await answer(service, caller, idempotency_key, prepared)
+async def infer(
+    request: Request, service: Parts, _documented: Annotated[HTTPAuthorizationCredentials | None, Security(bearer)]
+) -> Response:
+    with service.shedder.enter(request.headers.raw) as place:
+        caller = await find_caller(service, request)
+        place.claim(caller.id)
+        service.admission.remember(request.headers["Authorization"].encode("latin-1"), caller.id, caller.name)
+        with service.policy.visit(caller.id) as visit, service.gate.enter(), service.room.share() as share:
+            settings = service.settings
+            idempotency_key = _idempotency_key(only(request, protocol.IDEMPOTENCY_KEY_HEADER))
+            json_length = _json_length(only(request, protocol.JSON_LENGTH_HEADER))
+            encoding = only(request, "Content-Encoding") or ""
+            body = await read_body(request, share, limit=settings.max_body_bytes, timeout=settings.body_timeout)
+            prepared = await service.on_bodies(prepare, service, caller.id, body, encoding, json_length, share)
+            place.resize(len(prepared.rows))
+            await visit.admit(len(prepared.rows))
+            answered = await answer(service, caller, idempotency_key, prepared)
     encoded, payment = answered.encoded, answered.payment
     answer_headers = {
         protocol.QUERY_CHARGE_HEADER: str(payment.charged),

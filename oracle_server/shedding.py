@@ -8,9 +8,10 @@ not a byte is kept. (Measured: 45 microseconds each, where the application took 
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-from oracle_server.admission import Admission
+from oracle_server.admission import Admission, Place
 from oracle_server.gate import Gate
 from oracle_server.metrics import Metrics
 from shared.wire import protocol
@@ -72,26 +73,37 @@ class Shedder:
         rows = (int(length) - int(json_length)) // self._image_bytes
         return min(max(1, rows), self._max_rows)  # more are too many, however few are waiting
 
-    def look(self, headers: Headers) -> Shed | None:
-        """Why a request with this head would not be let into the queue; None where it would."""
-        fields = dict(headers)
-        known = self._admission.recall(fields.get(_KEY, b""))
+    def enter(self, headers: Headers) -> AbstractContextManager[Place]:
+        """Be in the queue for the time of a request with this head.
+
+        Its place is taken before its key is looked up: or while that is done, many would pass for whom there is none.
+
+        Raises:
+            Overloaded: it does not fit.
+        """
+        known = self._admission.recall(dict(headers).get(_KEY, b""))
+        bounded = not self._gate.draining  # or it is told so
+        return self._admission.enter(known[0] if known else None, self.rows_at_least(headers), bounded=bounded)
+
+    def shed(self, method: bytes, target: bytes, headers: Headers) -> Shed | None:
+        """Why a request with this head would not be let into the queue.
+
+        None where it would, and for whatever the application should answer itself.
+        """
+        if method != b"POST" or target not in _ROUTES or self._gate.draining:
+            return None
+        names, fields = [name for name, _ in headers], dict(headers)
+        length = fields.get(b"content-length", b"")
+        if not _NOT_HERE.isdisjoint(names) or names.count(_KEY) != 1 or not is_length(length):
+            return None
+        if int(length) > self._max_body:
+            return None
+        known = self._admission.recall(fields[_KEY])
         try:
             self._admission.check(known[0] if known else None, self.rows_at_least(headers))
         except Overloaded as error:
-            length = fields.get(b"content-length", b"")
-            return Shed(error, known[1] if known else "", int(length) if is_length(length) else -1)
+            return Shed(error, known[1] if known else "", int(length))
         return None
-
-    def shed(self, method: bytes, target: bytes, headers: Headers) -> Shed | None:
-        """As `look`, for the protocol: None also for whatever the application should answer itself."""
-        if method != b"POST" or target not in _ROUTES or self._gate.draining:
-            return None
-        names = [name for name, _ in headers]
-        if not _NOT_HERE.isdisjoint(names) or names.count(_KEY) != 1:
-            return None
-        shed = self.look(headers)
-        return shed if shed is not None and 0 <= shed.length <= self._max_body else None
 
     def answered(self, shed: Shed, seconds: float, waited: float, sent: int) -> None:
         """A request was refused in the protocol.

@@ -56,12 +56,16 @@ class Ladder:
     spread: float
 
 
-def climb(compute: Compute, shape: Sequence[int], crew: Crew, most: int, budget_s: float) -> Ladder:
+def climb(
+    compute: Compute, shape: Sequence[int], crew: Crew, most: int, budget_s: float, anchor: int | None = None
+) -> Ladder:
     """Measure sizes 1, 2, 4, ... `most` within about `budget_s` seconds, and choose.
 
     Args:
         compute: one block in one thread.
         shape: of one row.
+        anchor: a power of two, at most `most`, whose answers are to be given if they are steady, however fast others
+            are: what is answered then does not depend on a measurement of time.
 
     Raises:
         VaryingAnswers: not even a block of one row has one answer.
@@ -80,13 +84,20 @@ def climb(compute: Compute, shape: Sequence[int], crew: Crew, most: int, budget_
         best = max(rung.rate for rung in rungs)
         worse = 0 if rungs[-1].rate == best else worse + 1
         slow = crew.threads * size / rungs[-1].rate > _ENOUGH_S
+        if anchor is not None and size < anchor:
+            continue
         if worse == 3 or slow or (now - began) + 2 * (now - started) > budget_s:
             break
-    return choose([_again(rung, compute, images, crew) if rung.rate > _NEAR * best else rung for rung in rungs])
+    timed = [_again(rung, compute, images, crew) if rung.rate > _NEAR * best else rung for rung in rungs]
+    return choose(timed, anchor)
 
 
-def choose(rungs: Sequence[Rung]) -> Ladder:
-    """The group of sizes to use, up to its fastest. Raises `VaryingAnswers` where no size is steady."""
+def choose(rungs: Sequence[Rung], anchor: int | None = None) -> Ladder:
+    """The group of sizes to use, up to its fastest; that of size `anchor`, if it is steady.
+
+    Raises:
+        VaryingAnswers: no size is steady.
+    """
     groups: dict[bytes, list[Rung]] = {}
     for rung in rungs:
         if rung.steady:
@@ -94,7 +105,9 @@ def choose(rungs: Sequence[Rung]) -> Ladder:
     if not groups:
         raise VaryingAnswers("the same images have other answers from one time to the next")
     fastest = max(rung.rate for group in groups.values() for rung in group)
-    able = [group for group in groups.values() if max(rung.rate for rung in group) >= _NEAR * fastest]
+    able = [group for group in groups.values() if any(rung.size == anchor for rung in group)] or [
+        group for group in groups.values() if max(rung.rate for rung in group) >= _NEAR * fastest
+    ]
     group = min(able, key=lambda rungs: rungs[0].size)
     best = max(rung.rate for rung in group)
     # Of sizes as fast as each other the largest: fewer blocks to hand over. Small batches have the smaller ones.

@@ -18,6 +18,7 @@ def build_block_engine(
     *,
     most: int = MOST,
     budget_s: float = 0.3,
+    anchor: int | None = None,
     crew: Crew | None = None,
 ) -> BlockEngine:
     """Wrap a module [n, *example_shape] -> [n, ...], float32, in evaluation mode, in verified and padded blocks.
@@ -25,6 +26,7 @@ def build_block_engine(
     Args:
         most: the largest block a thread may compute, in rows.
         budget_s: seconds for measuring, about; a block of one row is always measured.
+        anchor: the size whose answers are given, see `climb`; without it the fastest sizes'.
         crew: the threads that compute; by default those of all engines.
 
     Raises:
@@ -33,4 +35,4 @@ def build_block_engine(
     """
     crew = default_crew() if crew is None else crew
     compute = eager(module)
-    return BlockEngine("eager", compute, climb(compute, example_shape, crew, most, budget_s), crew)
+    return BlockEngine("eager", compute, climb(compute, example_shape, crew, most, budget_s, anchor), crew)

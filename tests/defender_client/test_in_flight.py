@@ -149,6 +149,12 @@ def test_who_leaves_a_crew_leaves_what_was_not_begun() -> None:
     assert sorted(begun) == [0, 1, 2]
 
 
+def test_one_at_a_time_is_worked_on_by_whoever_takes_the_results() -> None:
+    with Crew(1) as crew:
+        found = list(crew.in_order([threading.current_thread, threading.current_thread]))
+    assert found == [threading.current_thread()] * 2
+
+
 def test_at_least_one_is_in_flight(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not 0"):
         Crew(0)

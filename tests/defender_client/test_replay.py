@@ -249,6 +249,22 @@ def test_probabilities_are_recorded_as_they_came_and_read_as_logits(tmp_path: Pa
     np.testing.assert_array_equal(later, scores)
 
 
+def test_what_a_purpose_had_cost_does_not_depend_on_the_order_of_its_answers(tmp_path: Path) -> None:
+    """Two answers of one step came in the other order than they were asked."""
+    scores = np.zeros((2, 2), np.float32)
+    with closing(Recorder(tmp_path / ANSWERS_FILE)) as recorder:
+        recorder.describe(OracleInfo(image_shape=(1, 8, 8), classes=2, max_rows=9))
+        for label, cost in (("b", 2), ("a", 4), ("c", 6)):
+            recorder.keep(f"r/{label}/0/{digest_of(digits(2))}", scores, cost)
+    costs = []
+    with Recording(tmp_path) as recording, closing(QueryLog(None)) as log:
+        oracle = Replay(recording, log)
+        for label, purpose in (("a", "train"), ("b", "train"), ("c", "validation")):
+            oracle.query(digits(2), purpose=purpose, label=label)
+            costs.append(oracle.cost)
+    assert costs == [4, 4, 6]
+
+
 def digest_of(images: np.ndarray) -> str:
     return request_key.digest(request_key.encode(images))
 

@@ -93,7 +93,7 @@ def test_the_requirements_are_pyproject_s(tmp_path: Path) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     written = {path.stem: path.read_text(encoding="utf-8").splitlines() for path in tmp_path.iterdir()}
     extras = project["optional-dependencies"]
-    server = [*extras["server"], *extras["postgres"]]
+    server = [*extras["server"], *extras["postgres"], *extras["onnxruntime"]]
     assert written == {"common": project["dependencies"], "server": server, "client": extras["client"]}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -205,6 +205,19 @@ def test_sizes_that_answer_otherwise_are_not_used(compute, sizes: set[int], pair
     assert set(ladder.sizes) == sizes
     engine = BlockEngine("odd", slow, ladder, pair)
     check(engine, (3,), 5)
+
+
+@pytest.mark.parametrize(
+    ("compute", "anchor", "sizes"), [(by_size, 2, {1, 2}), (by_size, 8, {4, 8}), (by_thread, 2, {1, 2})]
+)
+def test_an_anchor_decides_by_its_answers_and_not_by_the_clock(
+    compute: Callable[[Tensor], Tensor], anchor: int, sizes: set[int], pair: Crew
+) -> None:
+    in_haste = climb(compute, (3,), pair, anchor, 0.0, anchor)
+    assert set(in_haste.sizes) <= sizes
+    assert anchor in in_haste.sizes
+    alone = climb(by_position, (3,), pair, 16, 60.0, 16)  # it is not steady: as without it
+    assert set(alone.sizes) <= {1, 2, 4}
 
 
 def test_what_answers_by_chance_is_refused(pair: Crew) -> None:

@@ -14,7 +14,7 @@ import tritonclient.http as triton
 from oracle_support import Caller, Running, digits, logits_of, refused, running
 
 from oracle_server.decoders import Decoder
-from oracle_server.factored import DecodedRows, Given, Part
+from oracle_server.factored import DecodedRows, Given, Part, PixelRows
 from oracle_server.settings import Settings
 from shared.models.autoencoder import Autoencoder, pyramid
 from shared.models.decoder import decoder_of, read, write
@@ -167,6 +167,17 @@ def test_deterministic_noise_is_that_of_the_image(tmp_path: Path) -> None:
         images = asked.expand(0, len(asked)).reshape(-1, 1, 8, 8)
         logits = logits_of(ask(caller, asked)).reshape(-1, 10)
         np.testing.assert_array_equal(logits, logits_of(caller.infer(images)))
+
+
+def test_a_pixel_is_named_by_its_row_in_the_request_however_many_there_are() -> None:
+    """2^20 values are looked at at once, which is 16,384 rows here."""
+    steps = np.zeros(17_000, np.float32)
+    steps[16_999] = 2.0
+    asked = Probes(inside(1), steps, Coordinates(np.full(17_000, 9)), "forward")
+    rows = PixelRows(Part(asked, 0, len(asked)), (1, 8, 8), clamp=False, answered=(1, asked.p))
+    with pytest.raises(UnacceptableValues) as refusal:
+        rows.check()
+    assert refusal.value.extensions == {"index": [17_000, 0, 1, 1]}
 
 
 # --- latents of a decoder ------------------------------------------------------------------------------------------
