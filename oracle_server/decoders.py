@@ -165,18 +165,20 @@ class Decoders:
         try:
             spec = read_spec(content)
             self._check(spec, len(content))
-            decoder = Decoder(*read(content))
+            weights = read(content)[1]
         except UnacceptableWeights as error:
             raise UnacceptableValues(f"{error}: it was not registered") from None
         except DecoderError as error:
             raise MalformedRequest(f"{error}: send a decoder's file (docs/decoders.md)") from None
-        key = (client_id, decoder.id)
+        key = (client_id, decoder_id(spec, weights))
         with self._lock:
             known = self._held.get(key)
-            self._held[key] = known or decoder
+        decoder = known or Decoder(spec, weights)  # its engine is measured, which takes a while
+        with self._lock:
+            self._held[key] = decoder
             self._held.move_to_end(key)
             self._evict(client_id)
-        return known or decoder, known is None
+        return decoder, known is None
 
     def get(self, client_id: int, name: str) -> Decoder:
         """A client's own decoder by its id; the client's most recently used from now on.
