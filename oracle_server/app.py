@@ -64,6 +64,7 @@ def create_app(settings: Settings, oracle: Oracle | None = None) -> FastAPI:
     batcher = Batcher(
         oracle.predict,
         oracle.block,
+        lanes=oracle.lanes,
         wait=settings.batch_wait / 1000,
         on_block=metrics.computed,
         on_start=metrics.queue_wait.observe,

@@ -1,11 +1,11 @@
 """Dynamic batching: the rows of requests that wait together are computed together, a block at a time.
 
-One thread fills blocks and computes them. The order is decided anew for each block, by *fair sojourn* (Friedman and
-Henderson, "Fairness and efficiency in web server protocols", SIGMETRICS 2003): requests are served one after the other,
-in the order in which they would end if the engine were shared by all of them at once. So each is answered no later than
-if it had its share of the engine all the time, plus the block that was begun when it came; a small request overtakes a
-large one, equal ones are served in the order they came, and nobody starves: when a request is due is fixed when it
-comes, and whoever comes later is due ever later.
+One thread, or two that take turns, fills blocks and computes them. The order is decided anew for each block, by *fair
+sojourn* (Friedman and Henderson, "Fairness and efficiency in web server protocols", SIGMETRICS 2003): requests are
+served one after the other, in the order in which they would end if the engine were shared by all of them at once. So
+each is answered no later than if it had its share of the engine all the time, plus the blocks that were begun when it
+came; a small request overtakes a large one, equal ones are served in the order they came, and nobody starves: when a
+request is due is fixed when it comes, and whoever comes later is due ever later.
 
 The shares are the clients': one that has k requests here has a k-th of a share for the newest of them, so that many
 connections get no more than one.
@@ -87,6 +87,7 @@ class _Request:
     taken: int = field(default=0, compare=False)  # rows that were put into blocks
     done: int = field(default=0, compare=False)  # rows whose logits are known
     logits: Float32 | None = field(default=None, compare=False)
+    ended: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,11 @@ class Batcher:
     """Computes the logits of many requests, in blocks that they share. Methods may be called from any thread.
 
     Args:
-        predict: images float32 [n, c, h, w], n <= block -> logits float32 [n, k]. Called in the batcher's thread only.
+        predict: images float32 [n, c, h, w], n <= block -> logits float32 [n, k]. Called by
+            `lanes` threads.
         block: most rows of a call.
+        lanes: calls of `predict` at a time. Two are for an engine of several threads, none of which then waits for the
+            others between two blocks, nor for the next block to be put together.
         wait: seconds for which an idle engine waits for company before it computes less than a block.
         on_block: called with the rows and the seconds of every call that succeeded.
         on_start: called with the seconds that a request waited until its first rows were taken.
@@ -114,6 +118,7 @@ class Batcher:
         predict: Callable[[Float32], Float32],
         block: int,
         *,
+        lanes: int = 1,
         wait: float = 0.0,
         on_block: Callable[[int, float], object] = lambda _rows, _seconds: None,
         on_start: Callable[[float], object] = lambda _seconds: None,
@@ -127,10 +132,11 @@ class Batcher:
         self._unfinished: Counter[Hashable] = Counter()
         self._order = FairOrder()
         self._numbers = itertools.count()
-        self._recent_rows = self._recent_seconds = 0.0
+        self._recent_rows = self._recent_seconds = self._last_end = 0.0
         self._closed = False
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._thread.start()
+        self._threads = [threading.Thread(target=self._run, name=f"lane-{n}", daemon=True) for n in range(lanes)]
+        for thread in self._threads:
+            thread.start()
 
     def submit(self, rows: Rows, client: Hashable = None) -> Future[Float32]:
         """Queue a request; the future has its logits [n, k] as soon as its last row is computed.
@@ -159,11 +165,12 @@ class Batcher:
             return self._recent_rows / self._recent_seconds if self._recent_seconds else None
 
     def close(self) -> None:
-        """Finish what is queued and end the thread."""
+        """Finish what is queued and end the threads."""
         with self._changed:
             self._closed = True
-            self._changed.notify()
-        self._thread.join()
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
 
     def _run(self) -> None:
         while self._await_work():
@@ -186,11 +193,13 @@ class Batcher:
             for single in made:
                 self._compute([single])
             return
-        seconds = time.perf_counter() - start
-        self._on_block(rows, seconds)
         with self._changed:
+            # Of two blocks at a time, the second's seconds are those that it took beyond the first.
+            end = time.perf_counter()
+            seconds, self._last_end = end - max(start, self._last_end), end
             self._recent_rows = _DECAY * self._recent_rows + rows
             self._recent_seconds = _DECAY * self._recent_seconds + seconds
+        self._on_block(rows, seconds)
         self._deliver([part for part, _ in made], logits)
 
     def _await_work(self) -> bool:
@@ -258,23 +267,29 @@ class Batcher:
             if rows == len(request.rows):
                 request.logits = piece.copy()  # not a view, which would keep the whole block's
             else:
-                if request.logits is None:
-                    request.logits = np.empty((len(request.rows), *logits.shape[1:]), logits.dtype)
+                with self._changed:
+                    if request.logits is None:
+                        request.logits = np.empty((len(request.rows), *logits.shape[1:]), logits.dtype)
                 request.logits[part.start : part.stop] = piece
-            request.done += rows
+            with self._changed:
+                request.done += rows
             if request.done == len(request.rows):
                 self._end(request, None)
 
     def _end(self, request: _Request, error: BaseException | None) -> None:
         """Tell whoever waits; what is left in the queue of a request that failed is dropped when its turn comes."""
+        with self._changed:
+            if request.ended:  # two of its parts failed, in two blocks at a time
+                return
+            request.ended = True
         if request.future.set_running_or_notify_cancel():
             if error is not None:
                 request.future.set_exception(error)
             else:
                 assert request.logits is not None  # noqa: S101  (said to mypy)
                 request.future.set_result(request.logits)
-        if request.taken == len(request.rows):
-            with self._changed:
+        with self._changed:
+            if request.taken == len(request.rows):
                 self._forget(request)
 
     def _forget(self, request: _Request) -> None:

@@ -16,6 +16,8 @@ from oracle_server.rows import Float32, Rows
 from oracle_server.settings import Settings
 from shared.wire.errors import MalformedRequest, UnacceptableValues
 
+_LANES = 2  # measured on 2 cores, ResNet-20: see docs/results/performance.md
+
 
 class Oracle:
     """Answers images [n, c, h, w] with logits [n, k].
@@ -24,14 +26,20 @@ class Oracle:
         image_shape: (c, h, w) of the images it reads.
         classes: k, the number of logits.
         block: rows that are made and computed at once, at most.
+        lanes: blocks that may be computed at a time.
     """
 
     def __init__(
-        self, engine: Callable[[Tensor], Tensor], image_shape: tuple[int, int, int], classes: int, block: int = 256
+        self,
+        engine: Callable[[Tensor], Tensor],
+        image_shape: tuple[int, int, int],
+        classes: int,
+        block: int = 256,
+        lanes: int = 1,
     ) -> None:
         self.image_shape = image_shape
         self.classes = classes
-        self.block = block
+        self.block, self.lanes = block, lanes
         self._engine = engine
 
     def check(self, images: NDArray[Any]) -> None:
@@ -77,7 +85,7 @@ def build_oracle(settings: Settings) -> Oracle:
     """
     classifier: Classifier = load_classifier(settings)
     engine = build_engine(classifier, settings)
-    return Oracle(engine, classifier.image_shape, classifier.classes, engine.block)
+    return Oracle(engine, classifier.image_shape, classifier.classes, engine.block, _LANES)
 
 
 def _unacceptable(images: Float32) -> UnacceptableValues:

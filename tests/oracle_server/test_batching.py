@@ -173,6 +173,43 @@ def test_rows_on_which_the_engine_fails_fail_their_request_alone(engine: Engine,
     assert batcher.submit(marked(1, 0.5)).result(10).shape == (1, 2)
 
 
+def test_two_lanes_are_two_blocks_at_a_time_and_parts_of_one_request_meet_again(engine: Engine) -> None:
+    batcher = Batcher(engine, BLOCK, lanes=2)
+    images = digits(5 * BLOCK + 3)
+    future = batcher.submit(DenseRows(images))
+    assert engine.entered.acquire(timeout=10)
+    assert engine.entered.acquire(timeout=10)  # the second, while the first is held
+    assert not engine.entered.acquire(timeout=0.05)
+    engine.let(100)
+    np.testing.assert_array_equal(future.result(10), _sums(images))
+    batcher.close()
+
+
+def test_two_lanes_answer_each_its_own_and_a_failure_once(engine: Engine) -> None:
+    """Many requests of every size; those marked fail in two blocks at a time, and are told so once."""
+    batcher, rng = Batcher(engine, BLOCK, lanes=2), np.random.default_rng(0)
+    engine.fails_on = 0.5
+    engine.let(10_000)
+    asked = []
+    for number in range(200):
+        images = rng.random((int(rng.integers(1, 4 * BLOCK)), 1, 8, 8), dtype=np.float32)
+        images[images == 0.5] = 0.25
+        fails = number % 10 == 3
+        if fails:
+            images[:, 0, 0, 0] = 0.5
+        asked.append((fails, images, batcher.submit(DenseRows(images), number % 3)))
+    for fails, images, future in asked:
+        if fails:
+            with pytest.raises(RuntimeError, match="the engine failed"):
+                future.result(10)
+        else:
+            np.testing.assert_array_equal(future.result(10), _sums(images))
+    batcher.close()
+    assert not batcher._unfinished
+    assert batcher.rate is not None
+    assert batcher.rate > 0
+
+
 def test_an_engine_that_answers_too_few_rows_is_a_failure() -> None:
     batcher = Batcher(lambda images: _sums(images)[1:], BLOCK)
     with pytest.raises(ValueError, match="2 rows to 3"):
