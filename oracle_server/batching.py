@@ -244,6 +244,8 @@ class Batcher:
                 if rows == left:
                     heapq.heappop(self._waiting)
             self._order.advance(self._block - room)
+            if self._waiting:
+                self._changed.notify()  # the other lane: whoever came woke one
         return parts
 
     def _assemble(self, parts: list[_Part]) -> list[tuple[_Part, Float32]]:

@@ -30,11 +30,11 @@ _WAIT_FOR_OTHERS_S, _FIRST_PAUSE_S, _LAST_PAUSE_S = 30.0, 0.01, 0.25
 
 @dataclass(frozen=True)
 class Prepared:
-    """A request that may be charged: its rows passed every check; `body` is uncompressed."""
+    """A request that may be charged: its rows passed every check; `sha256` is of the uncompressed body."""
 
     request: codec.InferRequest
     rows: Rows
-    body: Buffer
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def prepare(
     rows = read_rows(
         request, service.oracle, service.policy.check_rows, lambda name: service.decoders.get(client_id, name)
     )
-    return Prepared(request, rows, body)
+    return Prepared(request, rows, hashlib.sha256(body).hexdigest())
 
 
 async def answer(service: Service, client: Client, idempotency_key: str | None, prepared: Prepared) -> Answer:
@@ -77,11 +77,10 @@ async def answer(service: Service, client: Client, idempotency_key: str | None, 
     """
     with service.gate.hold(client.id, idempotency_key):
         rows = len(prepared.rows)
-        # Digest, disk and engine work at the same time, unless there is a reason to expect a refusal.
+        # The disk and the engine work at the same time, unless there is a reason to expect a refusal.
         begun = service.batcher.submit(prepared.rows, client.id) if rows <= client.account.remaining else None
         try:
-            sha256 = await service.on_bodies(_sha256, prepared.body)
-            reservation = await _reserve(service, Reserve(client.id, rows, idempotency_key, sha256))
+            reservation = await _reserve(service, Reserve(client.id, rows, idempotency_key, prepared.sha256))
         except BaseException:
             if begun is not None:
                 begun.cancel()
@@ -124,10 +123,6 @@ async def _charge(service: Service, reservation: Reservation) -> Payment:
     # Shielded: a charge that is queued is paid, and whoever waits for the queue to end finds it so.
     payment: Payment = await asyncio.shield(asyncio.wrap_future(service.ledger.submit(Charge(reservation))))
     return payment
-
-
-def _sha256(body: Buffer) -> str:
-    return hashlib.sha256(body).hexdigest()
 
 
 def _encode(request: codec.InferRequest, rows: Rows, logits: Float32) -> codec.Encoded:
