@@ -19,7 +19,8 @@ from shared.wire.probes import Probes
 
 Float32 = NDArray[np.float32]
 
-_HEADER_BYTES = 1024  # more than the JSON part of a request
+HEADER_BYTES = 1024
+"""More than the JSON part of a request."""
 
 
 class Question(Protocol):
@@ -83,7 +84,7 @@ class Latents:
         return Latents(self.values[start:stop], self.decoder)
 
     def fitting(self, info: OracleInfo, most: int) -> int:
-        room = (info.body_limit - _HEADER_BYTES) // (4 * self.values.shape[1]) if info.body_limit else most
+        room = (info.body_limit - HEADER_BYTES) // (4 * self.values.shape[1]) if info.body_limit else most
         return max(1, min(len(self), most, info.row_limit or info.max_rows, room))
 
     def encode(self) -> codec.Encoded:
@@ -127,7 +128,7 @@ class Factored:
         rows, p = max(1, min(len(self), most, info.row_limit or info.max_rows)), self.probes.p
         if self.part is None and rows >= p:
             rows -= rows % p  # whole points, so that none is sent twice
-        while rows > 1 and info.body_limit and _bytes(self.take(0, rows)) + _HEADER_BYTES > info.body_limit:
+        while rows > 1 and info.body_limit and _bytes(self.take(0, rows)) + HEADER_BYTES > info.body_limit:
             rows = max(1, rows // 2)
         return rows
 

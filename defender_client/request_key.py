@@ -1,4 +1,4 @@
-"""A request as bytes, and the Idempotency-Key made of it: RUN/LABEL/DIGEST.
+"""The Idempotency-Key of a request: RUN/LABEL/DIGEST.
 
 The run's id makes the purchase this run's own, the label names the batch within the run, the digest its bytes. The last
 two say what was asked whoever asked it, which is how a recording is searched.
@@ -9,10 +9,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
-from shared.wire import codec, protocol
+from shared.wire import codec
 
 _DIGEST_DIGITS = 24
 
@@ -34,11 +31,6 @@ class RequestKey:
         run, _, rest = key.partition("/")
         label, _, digest = rest.rpartition("/")
         return cls(run, label, digest)
-
-
-def encode(images: NDArray[np.float32]) -> codec.Encoded:
-    """The body that asks for the scores of images [n, c, h, w]."""
-    return codec.encode_request({protocol.INPUT_NAME: images}, outputs=(protocol.OUTPUT_NAME,))
 
 
 def digest(encoded: codec.Encoded) -> str:

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from oracle_server.engines import VaryingAnswers, build_block_engine
@@ -73,28 +72,6 @@ class Decoder:
             reason = str(error).strip().split("\n")[0]
             raise MalformedRequest(f"the decoder cannot be computed: {reason}; it was not registered") from None
         self.block = self._engine.block
-
-    def check(self, latents: NDArray[Any]) -> None:
-        """Refuse what cannot be decoded; whoever charges does so after this.
-
-        Raises:
-            MalformedRequest: not float32, not [n, latent], or without a row.
-            UnacceptableValues: a value that is not finite; carries the `index` of the first one.
-        """
-        if latents.dtype != np.float32:
-            raise MalformedRequest(f"latents are {latents.dtype}: send float32 (datatype FP32)")
-        if latents.ndim != 2 or latents.shape[1] != self.latent:
-            raise MalformedRequest(f"latents have shape {list(latents.shape)}: send [n, {self.latent}]")
-        if not len(latents):
-            raise MalformedRequest("the batch has no row: send at least one latent")
-        finite = np.isfinite(latents)
-        if not finite.all():
-            index = [int(i) for i in np.unravel_index(int(finite.argmin()), latents.shape)]
-            raise UnacceptableValues(
-                f"latents{index} = {float(latents[tuple(index)])} is not finite: send finite latents; "
-                "nothing was charged",
-                index=index,
-            )
 
     def __call__(self, latents: Float32) -> Float32:
         """Images of latents; called in the thread that computes.

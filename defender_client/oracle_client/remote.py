@@ -31,7 +31,7 @@ from defender_client.oracle import SCORES, OracleInfo
 from defender_client.oracle_client.connection import Connection, OracleUnreachable
 from defender_client.oracle_client.retrying import Clock, Retrier
 from defender_client.query_log import QueryLog
-from defender_client.questions import Images, Question
+from defender_client.questions import HEADER_BYTES, Images, Question
 from defender_client.recording import Recorder
 from defender_client.request_key import RequestKey
 from shared.wire import codec, protocol
@@ -51,7 +51,6 @@ M = TypeVar("M", bound=protocol.Message)
 _DEFAULT_MAX_ROWS = 1024
 _CLOSING_SECONDS = 30.0
 _REGISTRATIONS = 3  # of a decoder that the server forgot, for one request
-_HEADER_BYTES = 1024  # more than the JSON part of a request
 
 
 class RemoteOracle:
@@ -449,7 +448,7 @@ def _read_info(url: str, metadata: protocol.ModelMetadata) -> OracleInfo:
     rows = row_limit or _DEFAULT_MAX_ROWS
     body = _limit(metadata, "max_body_bytes")
     if body is not None:
-        rows = max(1, min(rows, (body - _HEADER_BYTES) // max(1, 4 * c * h * w)))
+        rows = max(1, min(rows, (body - HEADER_BYTES) // max(1, 4 * c * h * w)))
     kind = metadata.parameters.get("scores", "logits")
     if kind not in SCORES:
         raise UnexpectedAnswer(f"{url} answers with {kind!r}, and only {', '.join(SCORES)} can be read here")

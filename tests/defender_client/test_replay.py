@@ -29,6 +29,7 @@ from defender_client.oracle_client import RemoteOracle
 from defender_client.plan import Plan
 from defender_client.pretrain import PRETRAINED_FILE
 from defender_client.query_log import LOG_FILE, QueryLog, ReplayedAnswer
+from defender_client.questions import Images
 from defender_client.recording import (
     ANSWERS_FILE,
     NotRecorded,
@@ -266,7 +267,7 @@ def test_what_a_purpose_had_cost_does_not_depend_on_the_order_of_its_answers(tmp
 
 
 def digest_of(images: np.ndarray) -> str:
-    return request_key.digest(request_key.encode(images))
+    return request_key.digest(Images(images).encode())
 
 
 # --- what a recording does not have -----------------------------------------------------------------------------------

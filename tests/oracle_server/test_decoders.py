@@ -489,25 +489,6 @@ def test_it_reads_what_requests_hold() -> None:
     assert decoder(latents[:0]).shape == (0, *SHAPE)
 
 
-def test_latents_are_checked() -> None:
-    decoder = Decoder(*mlp(4, 3))
-    decoder.check(np.zeros((2, 4), np.float32))
-    for wrong in (
-        np.zeros((2, 5)),
-        np.zeros((2, 5), np.float32),
-        np.zeros(4, np.float32),
-        np.zeros((0, 4), np.float32),
-    ):
-        with pytest.raises(MalformedRequest):
-            decoder.check(wrong)
-    for value in (np.nan, np.inf, -np.inf):
-        latents = np.zeros((3, 4), np.float32)
-        latents[1, 2] = value
-        with pytest.raises(UnacceptableValues) as refusal:
-            decoder.check(latents)
-        assert refusal.value.extensions["index"] == [1, 2]
-
-
 def overflowing() -> tuple[DecoderSpec, dict[str, Tensor]]:
     """Finite weights, and infinity minus infinity for a latent whose first coordinate is large."""
     layers: tuple[Layer, ...] = (

@@ -232,6 +232,10 @@ def test_a_decoder_that_is_not_there_is_said_so(decoding: Running, tmp_path: Pat
     for latents in (np.zeros((1, 13), np.float32), np.zeros((0, 12), np.float32), np.zeros(12, np.float32)):
         request = codec.encode_request({"latents": latents}, parameters={"decoder": name})
         refused(mine.post(request), 400, "malformed-request")
+    unknown = np.zeros((3, 12), np.float32)
+    unknown[1, 2] = np.inf
+    request = codec.encode_request({"latents": unknown}, parameters={"decoder": name})
+    assert refused(mine.post(request), 422, "unacceptable-values")["index"] == [1, 2]
     assert (mine.budget()["spent"], other.budget()["spent"]) == (0, 0)
 
 
