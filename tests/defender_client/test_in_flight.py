@@ -297,7 +297,8 @@ def test_a_certification_that_is_killed_with_several_in_flight_goes_on(
     for name in (configs.CONFIG_FILE, STACK_FILE):
         shutil.copy(trained.run / name, run / name)
     config = config.model_copy(update={"certify": config.certify.model_copy(update={"in_flight": 3})})
-    for number in (6, 3, 2, 1):
+    # Of 8 requests: with 3 in flight the fourth to arrive is one of the first six, and so leaves two images to do.
+    for number in (4, 3, 2, 1):
         with pytest.raises(Killed):
             certify_here(config, run, server.url, caller.key, Interfering(late, at(number, Killed())))
         assert [row.idx for row in read(run / CERTIFIED_FILE)] == list(range(len(read(run / CERTIFIED_FILE))))
