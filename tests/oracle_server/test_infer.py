@@ -168,6 +168,15 @@ def test_a_client_that_hangs_up_has_paid_and_can_have_the_answer(odd_server: Run
 # --- failures ------------------------------------------------------------------------------------------------------
 
 
+def test_nothing_is_computed_for_who_cannot_pay(odd_server: Running, engine: SlowOrFailing) -> None:
+    """A reservation is written while its rows are computed, but not where the account does not cover them."""
+    poor = odd_server.caller(1)
+    refused(poor.infer(digits(2)), 403, "budget-exhausted")
+    assert not engine.entered.is_set()
+    logits_of(poor.infer(digits(1)))
+    assert engine.entered.is_set()
+
+
 def test_a_failed_answer_costs_nothing_and_its_key_is_free(
     odd_server: Running, engine: SlowOrFailing, caplog: pytest.LogCaptureFixture
 ) -> None:
