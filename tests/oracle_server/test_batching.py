@@ -185,6 +185,24 @@ def test_two_lanes_are_two_blocks_at_a_time_and_parts_of_one_request_meet_again(
     batcher.close()
 
 
+def test_a_request_that_fails_in_both_lanes_fails_once(engine: Engine) -> None:
+    batcher = Batcher(engine, BLOCK, lanes=2)
+    engine.fails_on = 0.5
+    bad = batcher.submit(marked(2 * BLOCK, 0.5))
+    for _ in range(2):
+        assert engine.entered.acquire(timeout=10)
+    engine.let(2)
+    with pytest.raises(RuntimeError, match="the engine failed"):
+        bad.result(10)
+    other = batcher.submit(marked(2 * BLOCK, 0.25))
+    for _ in range(2):
+        assert engine.entered.acquire(timeout=10)  # both lanes are still there
+    engine.let(2)
+    assert other.result(10).shape == (2 * BLOCK, 2)
+    batcher.close()
+    assert not batcher._unfinished
+
+
 def test_two_lanes_answer_each_its_own_and_a_failure_once(engine: Engine) -> None:
     """Many requests of every size; those marked fail in two blocks at a time, and are told so once."""
     batcher, rng = Batcher(engine, BLOCK, lanes=2), np.random.default_rng(0)

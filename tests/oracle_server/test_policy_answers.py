@@ -156,6 +156,12 @@ def test_every_answer_is_finite_and_keeps_the_order(logits: np.ndarray, scores: 
         assert (np.diff(ranked) <= 0).all()  # rounding may make equal, but never swaps
 
 
+def test_the_largest_logit_is_told_where_rounding_made_probabilities_equal() -> None:
+    near = np.array([[0.0, 1e-17]], np.float32)
+    told = tell(AnswerSpec(scores="probabilities", top_k=1), near, IMAGES[:1])
+    np.testing.assert_array_equal(told, [[0.0, 0.5]])
+
+
 # --- noise ---------------------------------------------------------------------------------------------------------
 
 
