@@ -50,10 +50,10 @@ def _build(name: str) -> nn.Module:
 
 def write(name: str, weights: Path | None, path: Path) -> Path:
     """A file for `load`: the weights of a file that the oracle reads, or random ones; returns `path`."""
-    from oracle_server.architectures import usual
     from oracle_server.loading import load_classifier
     from oracle_server.settings import Settings
-    from oracle_server.weight_files import WeightsInfo, write_weights
+    from shared.models.architectures import usual
+    from shared.models.weight_files import WeightsInfo, write_weights
 
     if weights is not None and name != LINEAR:
         settings = Settings(model=name, weights=str(weights))

@@ -365,7 +365,7 @@ def _random_weights(model: str, folder: Path) -> Path | None:
     import torch
     from safetensors.torch import save_file
 
-    from oracle_server.architectures import build
+    from shared.models.architectures import build
 
     torch.manual_seed(0)
     path = folder / "random.safetensors"

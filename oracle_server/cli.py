@@ -187,7 +187,7 @@ def serve(
     from oracle_server.server import ServeError
     from oracle_server.server import serve as run
     from oracle_server.tls import TlsError
-    from oracle_server.weight_files import ModelError
+    from shared.models.weight_files import ModelError
 
     with _one_line(ModelError, PolicyError, ServeError, TlsError):
         run(settings, lambda url: typer.echo(f"listening on {url}"))
@@ -369,8 +369,8 @@ def train_classifier(
     """Train a classifier to serve, for those who have none."""
     from oracle_server.training import TrainingPlan
     from oracle_server.training import train_classifier as train
-    from oracle_server.weight_files import ModelError
     from shared.datasets import DatasetError
+    from shared.models.weight_files import ModelError
 
     options = dict(locals())
     plan = {name: options[name] for name in TrainingPlan.__dataclass_fields__ if name in options}

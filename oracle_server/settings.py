@@ -77,8 +77,3 @@ class Settings(BaseSettings):
 
     # What a real service does: see docs/policy.md
     policy: Path | None = None
-
-    @property
-    def weights_file(self) -> Path | None:
-        """`weights` as an existing file; None if it is not one."""
-        return Path(self.weights) if self.weights is not None and Path(self.weights).is_file() else None

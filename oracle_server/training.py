@@ -17,12 +17,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from oracle_server.architectures import build
 from oracle_server.cpus import usable_cpus
-from oracle_server.weight_files import WeightsInfo, write_weights
 from shared import datasets
 from shared.datasets import DatasetError, ImageSet
+from shared.models.architectures import build
 from shared.models.classifiers import Normalize
+from shared.models.weight_files import WeightsInfo, write_weights
 
 _EVALUATION_BATCH = 512
 

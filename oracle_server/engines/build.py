@@ -22,7 +22,7 @@ from oracle_server.engines.ladder import VaryingAnswers
 from oracle_server.engines.onnx import onnxruntime
 from oracle_server.loading import Classifier
 from oracle_server.settings import Settings
-from oracle_server.weight_files import ModelError
+from shared.models.weight_files import ModelError
 
 log = logging.getLogger(__name__)
 _MOST_ON = {"cpu": 256, "cuda": 1024}  # rows of the largest block that is tried

@@ -13,8 +13,8 @@ from oracle_server.engines import BlockEngine, build_block_engine, build_engine,
 from oracle_server.engines.crew import Crew
 from oracle_server.loading import Classifier
 from oracle_server.settings import Settings
-from oracle_server.weight_files import ModelError
 from shared.models.classifiers import SmallCNN
+from shared.models.weight_files import ModelError
 
 
 @pytest.fixture

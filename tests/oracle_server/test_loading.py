@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from oracle_server.cpus import usable_cpus
 from oracle_server.loading import load_classifier
 from oracle_server.settings import Settings
-from oracle_server.weight_files import ModelError, WeightsInfo, read_weights, write_weights
 from shared.datasets import load
 from shared.models.classifiers import CifarResNet, Normalize, SmallCNN
+from shared.models.weight_files import ModelError, WeightsInfo, read_weights, write_weights
 
 
 def test_the_shipped_digits_classifier_is_a_good_one() -> None:

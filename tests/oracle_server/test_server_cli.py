@@ -17,9 +17,9 @@ from oracle_server.ledger import Ledger
 from oracle_server.loading import load_classifier
 from oracle_server.server import listen
 from oracle_server.settings import Settings
-from oracle_server.weight_files import read_weights
 from shared.audit.export import examine
 from shared.audit.signatures import read_public_key
+from shared.models.weight_files import read_weights
 from shared.version import VERSION
 
 

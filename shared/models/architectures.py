@@ -10,8 +10,8 @@ from typing import Any
 import torchvision
 from torch import nn
 
-from oracle_server.weight_files import ModelError
 from shared.models.classifiers import CIFAR_DEPTHS, SMALL_CNNS, build_own
+from shared.models.weight_files import ModelError
 
 # The usual normalisation of the CIFAR ResNets that circulate: ImageNet's numbers, although the images are CIFAR's.
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
