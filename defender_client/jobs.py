@@ -30,8 +30,9 @@ from defender_client.pretrain import PRETRAINED_FILE
 from defender_client.pretrain import pretrain as run_pretraining
 from defender_client.run_directory import locked
 from defender_client.sources import LiveOracle, Source
-from defender_client.train import STACK_FILE
+from defender_client.train import STACK_FILE, check_whitebox
 from defender_client.train import train as run_training
+from defender_client.whitebox import WhiteBoxSource, load_whitebox
 from shared.datasets import ImageSet
 
 Announce = Callable[[Plan], None]
@@ -78,11 +79,19 @@ def pretrain_job(config: RunConfig, run: Path, data: Path | None) -> Path:
     return run / PRETRAINED_FILE
 
 
-def train_job(config: RunConfig, run: Path, data: Path | None, source: Source, announce: Announce) -> Trained:
-    """Train a run's stack from the oracle's answers."""
+def train_job(
+    config: RunConfig,
+    run: Path,
+    data: Path | None,
+    source: Source,
+    announce: Announce,
+    whitebox: WhiteBoxSource | None = None,
+) -> Trained:
+    """Train a run's stack from the oracle's answers, or through a classifier that the user holds."""
+    check_whitebox(config, whitebox is not None)
     splits = load_splits(config.data, data, config.seed)
     with _session(run, source) as oracle:
-        _train(config, run, splits, 0, oracle, announce)
+        _train(config, run, splits, 0, oracle, announce, whitebox)
         return Trained(run / STACK_FILE, oracle.log.total)
 
 
@@ -113,14 +122,24 @@ def _session(run: Path, source: Source) -> Iterator[Oracle]:
         yield oracle
 
 
-def _train(config: RunConfig, run: Path, splits: Splits, test_images: int, oracle: Oracle, announce: Announce) -> None:
-    check_fit(splits.train, oracle.info.image_shape)
+def _train(
+    config: RunConfig,
+    run: Path,
+    splits: Splits,
+    test_images: int,
+    oracle: Oracle,
+    announce: Announce,
+    source: WhiteBoxSource | None = None,
+) -> None:
+    info = oracle.info
+    check_fit(splits.train, info.image_shape)
+    whitebox = load_whitebox(source, info.image_shape, info.classes) if source is not None else None
     configs.save(config, run)
     spec = stacks.specify(config, oracle.info.image_shape, oracle.info.classes)
     planned = make_plan(config, spec, run, (len(splits.train), len(splits.validation), test_images), oracle)
     announce(planned)
     planned.check_training()
-    run_training(config, spec, run, splits, oracle)
+    run_training(config, spec, run, splits, oracle, whitebox)
 
 
 def _certify(config: RunConfig, run: Path, test: ImageSet, oracle: Oracle, announce: Announce) -> Certified:
