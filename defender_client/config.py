@@ -57,7 +57,8 @@ class DataConfig(_Section):
 
 
 class AutoencoderConfig(_Section):
-    """`auto` is the paper's for 3 x 32 x 32 images and latent 192, and a pyramid of convolutions elsewhere."""
+    """`auto` is the paper's where it has one (CIFAR-10 and MNIST with latent 192, STL-10 with 576), and a pyramid of
+    convolutions elsewhere."""
 
     architecture: Literal["auto", "paper", "pyramid", "none"] = "auto"
     latent: PositiveInt = 192

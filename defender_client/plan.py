@@ -102,7 +102,7 @@ def plan(
     train, validation, test = sizes
     progress, paid = _progress(run), _paid(run, oracle)
     samples = queries = checks = bought = noise = 0
-    if config.estimator.name != "none":
+    if config.estimator.name != "none" and train:
         settings = config.train
         every, epochs = settings.validate_every, settings.total_epochs(train)
         whole = settings.samples(settings.total_steps(train), train)
