@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.measuring import heading
+from benchmarks.measuring import Failed, heading
 from benchmarks.table import writing
 from benchmarks.table.columns import BY_PRESET, Column
 from benchmarks.table.oracles import Hidden, TableOracle, retrain
@@ -119,7 +119,10 @@ def _within(config: RunConfig, options: argparse.Namespace) -> RunConfig:
     four quarters at most."""
     images = load_splits(config.data, options.data, config.seed).train
     each = queries_per_sample(config, specify(config, images.image_shape, images.classes))
-    steps = max(1, options.equal_queries // (each * config.train.batch))
+    step = each * config.train.batch
+    steps = options.equal_queries // step
+    if not steps:
+        raise Failed(f"--equal-queries {options.equal_queries}: one step of {config.preset} takes {step} queries")
     settings = config.train.model_copy(update={"steps": steps})
     epochs = settings.total_epochs(len(images))
     return config.model_copy(update={"train": settings.model_copy(update={"validate_every": max(1, epochs // 4)})})
