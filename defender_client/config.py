@@ -213,7 +213,7 @@ def load_preset(preset: str, settings: Sequence[str] = (), scale: str = FULL) ->
         values: dict[str, Any] = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"preset {preset} is not valid TOML: {error}") from None
-    values["preset"] = path.stem if path.suffix == ".toml" else preset
+    values |= {"preset": path.stem if path.suffix == ".toml" else preset, "scale": scale}
     changes: dict[str, Any] = {}
     for setting in settings:
         _set(changes, setting)
