@@ -13,7 +13,7 @@ RETRAINING = {
     "smoke": {"digits": ["--epochs", "1"], "*": ["--epochs", "1"]},
     "cpu": {
         "digits": ["--epochs", "30"],
-        "*": ["--epochs", "2", "--lr", "0.001", "--batch", "128", "--augment", "flip", "--validation", "1000"],
+        "*": ["--epochs", "1", "--lr", "0.001", "--batch", "128", "--augment", "flip", "--validation", "1000"],
     },
     "full": {
         "digits": ["--epochs", "60"],
