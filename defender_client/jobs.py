@@ -145,6 +145,9 @@ def _train(
 def _certify(config: RunConfig, run: Path, test: ImageSet, oracle: Oracle, announce: Announce) -> Certified:
     check_fit(test, oracle.info.image_shape)
     stack = stacks.load(run / STACK_FILE)
+    stacks.check_matches(
+        stack.spec, stacks.specify(config, oracle.info.image_shape, oracle.info.classes), run / STACK_FILE
+    )
     planned = make_plan(config, stack.spec, run, (0, 0, len(test)), oracle)
     announce(planned)
     planned.check_certification()
