@@ -162,6 +162,7 @@ class RunConfig(_Section):
 
     preset: str
     scale: str = FULL
+    task: Literal["classification", "reconstruction"] = "classification"
     description: str = ""
     seed: NonNegativeInt = 0
     sigma: PositiveFloat = 0.25
@@ -177,6 +178,10 @@ class RunConfig(_Section):
     def _trainable(self) -> RunConfig:
         if self.estimator.name != "none" and self.denoiser.architecture == "none":
             raise ValueError("there is nothing to train without a denoiser: set estimator.name=none too")
+        if self.task == "reconstruction" and self.data.augment != "none":
+            raise ValueError(
+                "data.augment: a back-projection that is flipped or cropped is none; a reconstruction's is 'none'"
+            )
         return self
 
 

@@ -113,8 +113,8 @@ def _start(plan: TrainingPlan, train: ImageSet) -> tuple[nn.Module, tuple[float,
             f"{plan.weights} maps images {list(loaded.image_shape)} to {loaded.classes} classes, and the data set has "
             f"{list(train.image_shape)} and {train.classes}"
         )
-    normalize, network = loaded.module
-    mean, std = (tuple(values.flatten().tolist()) for values in (normalize.mean, normalize.std))
+    normalize, network = loaded.module.children()
+    mean, std = (tuple(normalize.get_buffer(name).flatten().tolist()) for name in ("mean", "std"))
     return network.requires_grad_(True), mean, std
 
 
