@@ -34,6 +34,7 @@ from defender_client.certify import DefendedOracle
 from defender_client.config import RunConfig
 from defender_client.estimation import Estimation
 from defender_client.in_flight import Crew
+from defender_client.objective import STABILITY
 from defender_client.oracle_client import RemoteOracle
 from defender_client.smoothing import Smooth
 from oracle_server.ledger import Ledger
@@ -107,6 +108,7 @@ def _step(
         stack.train(),
         BlackBox(stack, oracle, options.query_rows),
         zo.make(options.estimator, q=options.q, difference="central", generator=generator),
+        STABILITY,
         crew,
         query_rows=options.query_rows,
         micro_batch=options.micro_batch,

@@ -119,8 +119,8 @@ def _main() -> None:
     def load_classifier(settings: Settings) -> Classifier:
         from benchmarks import models
 
-        assert settings.weights_file is not None
-        return Classifier(models.load(settings.weights_file), models.IMAGE_SHAPE, models.CLASSES)
+        assert settings.weights is not None
+        return Classifier(models.load(Path(settings.weights)), models.IMAGE_SHAPE, models.CLASSES)
 
     vars(oracle)["load_classifier"] = load_classifier
     cli.app()

@@ -266,14 +266,14 @@ def our_step(
     import os
     from dataclasses import replace
 
-    from defender_client.labels import oracle_labels
+    from defender_client.labels import oracle_answers
     from defender_client.sources import LiveOracle
     from defender_client.train import _Trainer
 
     run = Path(opened.enter_context(tempfile.TemporaryDirectory()))
     oracle: Oracle = opened.enter_context(LiveOracle(options.url, os.environ["ORACLE_API_KEY"]).open(run, run.name))
     watch.attach()
-    labels = oracle_labels(
+    labels = oracle_answers(
         run, oracle, {"train": splits.train, "validation": splits.validation}, config.train.query_rows
     )
     trainer = _Trainer(config, run, splits, oracle, stack, labels, config.estimator.mu)

@@ -35,14 +35,14 @@ class Progress:
         epoch: epochs done.
         batch: batches done within the current epoch.
         queries: queries spent by this run so far, in all (labels, training, validation).
-        best: best agreement on the validation split so far, in 0..1; -1 before the first validation.
+        best: best quality on the validation split so far; None before the first validation.
     """
 
     step: int = 0
     epoch: int = 0
     batch: int = 0
     queries: int = 0
-    best: float = -1.0
+    best: float | None = None
 
 
 def save(

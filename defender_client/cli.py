@@ -40,7 +40,9 @@ from defender_client.query_log import LOG_FILE, LogDamaged, QueryLog
 from defender_client.recording import RecordingError
 from defender_client.replay import described
 from defender_client.report import report as write_report
+from defender_client.scales import FULL
 from defender_client.sources import LiveOracle, RecordedRun
+from defender_client.whitebox import WhiteBoxSource
 from shared.datasets import DatasetError
 from shared.version import VERSION
 from shared.wire.errors import BudgetExhausted, OracleError
@@ -73,6 +75,16 @@ Out = Annotated[Path, typer.Option("--out", help="The run's directory; an unfini
 Data = Annotated[Path | None, typer.Option("--data", help="Directory of the data set's files.")]
 Dataset = Annotated[str | None, typer.Option("--dataset", help="Short for --set data.dataset=NAME.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="Change one value: section.key=value. Repeatable.")]
+Scale = Annotated[
+    str, typer.Option("--scale", help="smoke (seconds), cpu (two cores) or full: epochs, images and widths at once.")
+]
+WhiteBoxFile = Annotated[
+    Path | None,
+    typer.Option("--whitebox", help="The classifier's weights, for gradients that the oracle never gives."),
+]
+WhiteBoxModel = Annotated[
+    str | None, typer.Option("--whitebox-model", help="Its architecture, where the file does not say it.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 
 
@@ -100,12 +112,13 @@ def plan(
     data: Data = None,
     dataset: Dataset = None,
     settings: Settings = None,
+    scale: Scale = FULL,
     ca: Ca = None,
     as_json: AsJson = False,
 ) -> None:
     """Queries, bytes and time a run will take, against the budget that is left. Exit code 3 if it cannot be paid."""
     with _reported_errors():
-        planned = jobs.plan_job(_config(preset, dataset, settings), out, data, _live(oracle, ca))
+        planned = jobs.plan_job(_config(preset, dataset, settings, scale), out, data, _live(oracle, ca))
         if as_json:
             console.print_json(json.dumps(asdict(planned) | {"to_train": planned.to_train, "total": planned.total}))
         else:
@@ -114,10 +127,17 @@ def plan(
 
 
 @app.command()
-def pretrain(preset: Preset, out: Out, data: Data = None, dataset: Dataset = None, settings: Settings = None) -> None:
+def pretrain(
+    preset: Preset,
+    out: Out,
+    data: Data = None,
+    dataset: Dataset = None,
+    settings: Settings = None,
+    scale: Scale = FULL,
+) -> None:
     """Train the autoencoder (and, if the preset says so, the denoiser) on mean squared error: zero queries."""
     with _reported_errors():
-        path = jobs.pretrain_job(_config(preset, dataset, settings), out, data)
+        path = jobs.pretrain_job(_config(preset, dataset, settings, scale), out, data)
         console.print(f"pretrained stack in {path}, zero queries")
 
 
@@ -130,15 +150,19 @@ def train(
     data: Data = None,
     dataset: Dataset = None,
     settings: Settings = None,
+    scale: Scale = FULL,
+    whitebox: WhiteBoxFile = None,
+    whitebox_model: WhiteBoxModel = None,
     ca: Ca = None,
     record: Record = False,
     replay: ReplayedRun = None,
 ) -> None:
-    """Train denoiser and encoder from the oracle's answers. Run it again to resume."""
+    """Train denoiser and encoder from the oracle's answers (`fo-*`: through --whitebox). Run it again to resume."""
     with _reported_errors():
-        config = _config(preset, dataset, settings)
+        config = _config(preset, dataset, settings, scale)
         source = _source(context, oracle, ca, record, replay)
-        trained = jobs.train_job(config, out, data, source, _announcing("run", source))
+        box = _whitebox(whitebox, whitebox_model)
+        trained = jobs.train_job(config, out, data, source, _announcing("run", source), box)
         console.print(f"trained stack in {trained.stack}; {trained.spent:,} queries spent by this run in all")
 
 
@@ -328,9 +352,15 @@ def _bytes(count: float) -> str:
     return f"{count:,.1f} TB"
 
 
-def _config(preset: str, dataset: str | None, settings: list[str] | None) -> RunConfig:
+def _config(preset: str, dataset: str | None, settings: list[str] | None, scale: str) -> RunConfig:
     chosen = [f"data.dataset={json.dumps(dataset)}"] if dataset else []
-    return configs.load_preset(preset, [*chosen, *(settings or [])])
+    return configs.load_preset(preset, [*chosen, *(settings or [])], scale)
+
+
+def _whitebox(weights: Path | None, model: str | None) -> WhiteBoxSource | None:
+    if weights is None and model is not None:
+        raise ConfigError("--whitebox-model names the architecture of --whitebox FILE, which is missing")
+    return None if weights is None else WhiteBoxSource(weights, model)
 
 
 def _api_key() -> str | None:
@@ -421,12 +451,8 @@ def attack(
     oracle: MaybeOracleUrl = None,
     data: Data = None,
     method: Annotated[str, typer.Option(help="pgd: with a white box's gradients; square: with queries only.")] = "pgd",
-    whitebox: Annotated[
-        Path | None, typer.Option("--whitebox", help="Weights file of a copy of the classifier, for pgd.")
-    ] = None,
-    whitebox_model: Annotated[
-        str | None, typer.Option(help="Its architecture's name. [default: as the file says]")
-    ] = None,
+    whitebox: WhiteBoxFile = None,
+    whitebox_model: WhiteBoxModel = None,
     through: Annotated[
         str | None, typer.Option(help="What pgd crafts on: defended (adaptive, the default) or classifier (transfer).")
     ] = None,
@@ -463,8 +489,8 @@ def attack(
         }
         changes = {name: value for name, value in changed.items() if value is not None}
         source = _source(context, oracle, ca, record, replay)
-        copy = (whitebox, whitebox_model) if whitebox is not None else None
-        attacked = jobs.attack_job(run, data, source, changes, copy, _announcing_attack(source))
+        box = _whitebox(whitebox, whitebox_model)
+        attacked = jobs.attack_job(run, data, source, changes, box, _announcing_attack(source))
         found = summary(attacked.rows)
         if as_json:
             settings = attacked.settings.model_dump()

@@ -6,9 +6,10 @@ A preset is a TOML file in `presets/`; `--set section.key=value` changes single 
 from __future__ import annotations
 
 import json
+import math
 import os
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,15 +26,14 @@ from pydantic import (
     model_validator,
 )
 
+from defender_client.errors import ConfigError as ConfigError  # everybody finds it here
 from defender_client.models import DenoiserSpec
+from defender_client.scales import FULL, changes_of, merge
 from shared import datasets
+from shared.augmentation import Augmentation
 
 CONFIG_FILE = "config.json"
 CERTIFY_FILE = "certify.json"
-
-
-class ConfigError(ValueError):
-    """A preset, a `--set` or a saved configuration that cannot be used; the message says what to change."""
 
 
 class _Section(BaseModel):
@@ -47,7 +47,7 @@ class DataConfig(_Section):
     validation_images: NonNegativeInt = 200
     train_images: NonNegativeInt = 0
     image_size: PositiveInt | None = None
-    augment: Literal["none", "flip", "crop-flip"] = "none"
+    augment: Augmentation = "none"
 
     @model_validator(mode="after")
     def _known(self) -> DataConfig:
@@ -57,7 +57,8 @@ class DataConfig(_Section):
 
 
 class AutoencoderConfig(_Section):
-    """`auto` is the paper's for 3 x 32 x 32 images and latent 192, and a pyramid of convolutions elsewhere."""
+    """`auto` is the paper's where it has one (CIFAR-10 and MNIST with latent 192, STL-10 with 576), and a pyramid of
+    convolutions elsewhere."""
 
     architecture: Literal["auto", "paper", "pyramid", "none"] = "auto"
     latent: PositiveInt = 192
@@ -65,14 +66,20 @@ class AutoencoderConfig(_Section):
 
 
 class EstimatorConfig(_Section):
-    """How gradients are estimated: `none` trains nothing (the undefended classifier). mu is the probes' step; `noise` =
+    """How gradients are had: `rge` and `cge` estimate them from answers, `fo` takes them through a classifier that the
+    user holds (see `whitebox`), `none` trains nothing (the undefended classifier). mu is the probes' step; `noise` =
     `adapt` raises it where the oracle's answers are too noisy for it (see `noise_floor`)."""
 
-    name: Literal["rge", "cge", "none"] = "cge"
+    name: Literal["rge", "cge", "fo", "none"] = "cge"
     q: PositiveInt = 20
     mu: PositiveFloat = 0.005
     difference: Literal["forward", "central"] = "forward"
     noise: Literal["adapt", "off"] = "adapt"
+
+    @property
+    def zeroth_order(self) -> bool:
+        """Whether gradients are made of queries."""
+        return self.name not in ("fo", "none")
 
 
 class PretrainConfig(_Section):
@@ -94,23 +101,49 @@ InFlight = Annotated[int, Field(ge=1, le=64)]
 
 
 class TrainConfig(_Section):
-    """Zeroth-order training. `schedule`: `constant`; `cosine` to zero; `paper`: Adam for the first third of the epochs,
-    then SGD at the same rate, divided by 10 for the last third (Zhang et al., ICLR 2022: 200 / 200 / 200).
+    """Training of denoiser and encoder. `schedule`: `constant`; `cosine` to zero; `paper`: Adam for the first third of
+    the epochs, then SGD at the rate `sgd_lr` (by default the same), divided by 10 for the last third (Zhang et al.,
+    ICLR 2022: 200 / 200 / 200).
+
+    `steps`: optimizer steps in all, in place of `epochs` where it is not 0; the last epoch is then cut.
+
+    `targets`: what a noisy image is to be classified as: `oracle`, as the oracle classifies the clean one, which costs
+    a query an image; `labels`, as the data set says, which costs none. Validation goes by the same.
 
     `micro_batch`: samples that go through the stack at once, 0 for the whole batch; batch normalization takes its
     statistics over them (see `estimation`)."""
 
     epochs: PositiveInt = 20
+    steps: NonNegativeInt = 0
     batch: PositiveInt = 256
     lr: PositiveFloat = 1e-3
+    sgd_lr: PositiveFloat | None = None
     schedule: Literal["constant", "cosine", "paper"] = "constant"
     weight_decay: NonNegativeFloat = 1e-5
+    targets: Literal["oracle", "labels"] = "oracle"
     micro_batch: NonNegativeInt = 0
     query_rows: PositiveInt = 2048
     query_form: Form = "auto"
     in_flight: InFlight = 2
     validate_every: PositiveInt = 1
     checkpoint_every: PositiveInt = 1
+
+    def batches(self, images: int) -> int:
+        """Optimizer steps of a whole epoch of so many images."""
+        return math.ceil(images / self.batch)
+
+    def total_steps(self, images: int) -> int:
+        """Optimizer steps of the whole run."""
+        return self.steps or self.epochs * self.batches(images)
+
+    def total_epochs(self, images: int) -> int:
+        """Epochs of the whole run, the last of which may be cut."""
+        return math.ceil(self.total_steps(images) / self.batches(images))
+
+    def samples(self, steps: int, images: int) -> int:
+        """Samples of the first so many steps: an epoch's last batch may be smaller."""
+        epochs, rest = divmod(steps, self.batches(images))
+        return epochs * images + min(rest * self.batch, images)
 
 
 class CertifyConfig(_Section):
@@ -128,6 +161,7 @@ class RunConfig(_Section):
     """Everything a run depends on besides the oracle and the data directory."""
 
     preset: str
+    scale: str = FULL
     description: str = ""
     seed: NonNegativeInt = 0
     sigma: PositiveFloat = 0.25
@@ -152,15 +186,16 @@ def preset_names() -> list[str]:
     return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
 
 
-def load_preset(preset: str, settings: Sequence[str] = ()) -> RunConfig:
-    """A configuration from a preset and `--set` changes.
+def load_preset(preset: str, settings: Sequence[str] = (), scale: str = FULL) -> RunConfig:
+    """A configuration from a preset, what a scale changes in it, and `--set` changes.
 
     Args:
         preset: a shipped preset's name, or a path to a TOML file of the same form.
         settings: `section.key=value`; the value is read as JSON where it is JSON, else as a string.
+        scale: `smoke`, `cpu` or `full`: see `scales`.
 
     Raises:
-        ConfigError: unknown preset, key or value.
+        ConfigError: unknown preset, scale, key or value.
     """
     path = Path(preset)
     if path.suffix == ".toml":
@@ -179,9 +214,25 @@ def load_preset(preset: str, settings: Sequence[str] = ()) -> RunConfig:
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"preset {preset} is not valid TOML: {error}") from None
     values["preset"] = path.stem if path.suffix == ".toml" else preset
+    changes: dict[str, Any] = {}
     for setting in settings:
-        _set(values, setting)
+        _set(changes, setting)
+    merge(values, changes)  # for the data set, by which a scale goes
+    for scaled in _scaled(scale, path, values):
+        merge(values, scaled)
+    merge(values, changes)
     return _validated(values)
+
+
+def _scaled(scale: str, preset: Path, values: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
+    """What the scale changes; a preset file of the user's own has the one scale that it says."""
+    if preset.suffix == ".toml":
+        if scale != FULL:
+            raise ConfigError(f"--scale is for the presets that are shipped: {preset} says itself how large it is")
+        return ()
+    data = values.get("data", {})
+    dataset = data.get("dataset", DataConfig().dataset) if isinstance(data, Mapping) else ""
+    return changes_of(scale, values["preset"], dataset)
 
 
 def _set(values: dict[str, Any], setting: str) -> None:

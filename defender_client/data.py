@@ -7,14 +7,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from defender_client.config import ConfigError, DataConfig
 from shared import datasets
 from shared.datasets import ImageSet
 from shared.models.autoencoder import Shape
-
-_CROP_PADDING = 4
 
 
 @dataclass(frozen=True)
@@ -52,22 +49,6 @@ def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
     """A permutation of 0..count-1 that depends on the seed and the epoch alone, so a resumed run finds it again."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     return torch.randperm(count, generator=generator)
-
-
-def augment(images: Tensor, kind: str, generator: torch.Generator) -> Tensor:
-    """Random flips, or crops after padding by 4 pixels and flips; images [b, c, h, w] keep their shape."""
-    if kind == "none":
-        return images
-    b, c, h, w = images.shape
-    if kind == "crop-flip":
-        padded = F.pad(images, (_CROP_PADDING,) * 4)
-        offsets = torch.randint(0, 2 * _CROP_PADDING + 1, (2, b, 1), generator=generator)
-        rows = (offsets[0] + torch.arange(h))[:, None, :, None]
-        columns = (offsets[1] + torch.arange(w))[:, None, None, :]
-        batch, channel = torch.arange(b)[:, None, None, None], torch.arange(c)[None, :, None, None]
-        images = padded[batch, channel, rows, columns]
-    flip = torch.rand(b, generator=generator) < 0.5
-    return torch.where(flip[:, None, None, None], images.flip(3), images)
 
 
 def gaussian(images: Tensor, sigma: float, generator: torch.Generator) -> Tensor:

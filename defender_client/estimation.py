@@ -23,7 +23,7 @@ from torch import Tensor
 from defender_client import zo
 from defender_client.black_box import BlackBox
 from defender_client.in_flight import Crew
-from defender_client.losses import cross_entropy
+from defender_client.objective import Objective
 from defender_client.stack import Stack
 from shared.wire.probes import Probes
 
@@ -35,13 +35,14 @@ class StepResult:
     """What one step's answers say, averaged over the points asked about.
 
     Attributes:
-        loss: mean stability loss.
-        agreement: fraction of answers whose argmax is the label, in 0..1.
+        loss: mean loss of the run's objective.
+        quality: the objective's mean quality; for classifiers the agreement, the fraction of answers whose argmax is
+            the label, in 0..1.
         gradient_norm: mean l2 norm of the estimated gradient per sample.
     """
 
     loss: float
-    agreement: float
+    quality: float
     gradient_norm: float
 
 
@@ -51,12 +52,12 @@ class _Question:
 
     Attributes:
         estimator: whose question it is.
-        labels: [n], of the samples asked about.
+        targets: [n, ...], of the samples asked about.
         points: w [b, d] of the micro-batch with their graph, if this is its last question.
     """
 
     estimator: zo.Estimator
-    labels: Tensor
+    targets: Tensor
     points: Tensor | None
 
 
@@ -67,6 +68,7 @@ class Estimation:
         stack: what is trained.
         black_box: f' of this stack.
         estimator: of the gradients; its own open question, if it has one, is left alone.
+        objective: what the answers are held against.
         crew: asks.
         query_rows: rows of a request, at most, where one sample does not take more.
         micro_batch: samples that go through the stack at once; 0 for all of a step.
@@ -77,45 +79,47 @@ class Estimation:
         stack: Stack,
         black_box: BlackBox,
         estimator: zo.Estimator,
+        objective: Objective,
         crew: Crew,
         *,
         query_rows: int,
         micro_batch: int = 0,
     ) -> None:
         self._stack, self._black_box, self._estimator, self._crew = stack, black_box, estimator, crew
+        self._objective = objective
         self._probes_each = estimator.queries_per_sample(stack.dimension)
         self._group = max(1, query_rows // self._probes_each)
         self._micro_batch = micro_batch
 
-    def backpropagate(self, images: Tensor, labels: Tensor, label: str) -> StepResult:
+    def backpropagate(self, images: Tensor, targets: Tensor, label: str) -> StepResult:
         """Add d (mean loss) / d theta to the gradients of the stack's parameters.
 
         Args:
             images: noisy ones [b, c, h, w].
-            labels: [b].
+            targets: [b, ...], of the run's objective.
             label: names the step's requests within the run.
         """
         rows = len(images) * self._probes_each
         told: list[Tensor] = []  # of the micro-batch under way
         norms: list[Tensor] = []
-        losses, hits = 0.0, 0
-        for question, logits in self._crew.in_order(self._questions(images, labels, label)):
+        losses, quality = 0.0, 0.0
+        for question, logits in self._crew.in_order(self._questions(images, targets, label)):
             n, p, _ = logits.shape
-            logits, targets = logits.flatten(0, 1), question.labels.repeat_interleave(p)
-            values = cross_entropy(logits, targets)
+            logits, aims = logits.flatten(0, 1), question.targets.repeat_interleave(p, dim=0)
+            values = self._objective.losses(logits, aims)
             told.append(question.estimator.tell(values.view(n, p)))
             losses += float(values.sum())
-            hits += int((logits.argmax(1) == targets).sum())
+            quality += float(self._objective.quality(logits, aims).sum())
             if question.points is not None:
                 gradient = torch.cat(told)
                 # d loss / d theta = (d w / d theta)^T g^, averaged over the batch.
                 (question.points * gradient).sum().div(len(images)).backward()
                 norms.append(gradient.norm(dim=1))
                 told.clear()
-        return StepResult(losses / rows, hits / rows, float(torch.cat(norms).mean()))
+        return StepResult(losses / rows, quality / rows, float(torch.cat(norms).mean()))
 
     def _questions(
-        self, images: Tensor, labels: Tensor, label: str
+        self, images: Tensor, targets: Tensor, label: str
     ) -> Iterator[Callable[[], tuple[_Question, Tensor]]]:
         """The step's questions in order, to be put to the oracle."""
         size = self._micro_batch or len(images)
@@ -126,7 +130,7 @@ class Estimation:
                 estimator = self._estimator.fork()
                 probes = estimator.ask_factored(points[start:stop].detach())
                 question = _Question(
-                    estimator, labels[first + start : first + stop], points if stop == len(points) else None
+                    estimator, targets[first + start : first + stop], points if stop == len(points) else None
                 )
                 yield self._asking(question, probes, f"{label}/{first + start}")
 

@@ -32,9 +32,9 @@ from defender_client.pretrain import PRETRAINED_FILE
 from defender_client.pretrain import pretrain as run_pretraining
 from defender_client.run_directory import locked
 from defender_client.sources import LiveOracle, Source
-from defender_client.train import STACK_FILE
+from defender_client.train import STACK_FILE, check_whitebox
 from defender_client.train import train as run_training
-from defender_client.whitebox import load_whitebox
+from defender_client.whitebox import WhiteBoxSource, load_whitebox
 from shared.datasets import ImageSet
 
 Announce = Callable[[Plan], None]
@@ -81,11 +81,19 @@ def pretrain_job(config: RunConfig, run: Path, data: Path | None) -> Path:
     return run / PRETRAINED_FILE
 
 
-def train_job(config: RunConfig, run: Path, data: Path | None, source: Source, announce: Announce) -> Trained:
-    """Train a run's stack from the oracle's answers."""
+def train_job(
+    config: RunConfig,
+    run: Path,
+    data: Path | None,
+    source: Source,
+    announce: Announce,
+    whitebox: WhiteBoxSource | None = None,
+) -> Trained:
+    """Train a run's stack from the oracle's answers, or through a classifier that the user holds."""
+    check_whitebox(config, whitebox is not None)
     splits = load_splits(config.data, data, config.seed)
     with _session(run, source) as oracle:
-        _train(config, run, splits, 0, oracle, announce)
+        _train(config, run, splits, 0, oracle, announce, whitebox)
         return Trained(run / STACK_FILE, oracle.log.total)
 
 
@@ -116,14 +124,24 @@ def _session(run: Path, source: Source) -> Iterator[Oracle]:
         yield oracle
 
 
-def _train(config: RunConfig, run: Path, splits: Splits, test_images: int, oracle: Oracle, announce: Announce) -> None:
-    check_fit(splits.train, oracle.info.image_shape)
+def _train(
+    config: RunConfig,
+    run: Path,
+    splits: Splits,
+    test_images: int,
+    oracle: Oracle,
+    announce: Announce,
+    source: WhiteBoxSource | None = None,
+) -> None:
+    info = oracle.info
+    check_fit(splits.train, info.image_shape)
+    whitebox = load_whitebox(source, info.image_shape, info.classes) if source is not None else None
     configs.save(config, run)
     spec = stacks.specify(config, oracle.info.image_shape, oracle.info.classes)
     planned = make_plan(config, spec, run, (len(splits.train), len(splits.validation), test_images), oracle)
     announce(planned)
     planned.check_training()
-    run_training(config, spec, run, splits, oracle)
+    run_training(config, spec, run, splits, oracle, whitebox)
 
 
 def _certify(config: RunConfig, run: Path, test: ImageSet, oracle: Oracle, announce: Announce) -> Certified:
@@ -152,18 +170,18 @@ def attack_job(
     data: Path | None,
     source: Source,
     changes: Mapping[str, Any],
-    whitebox: tuple[Path, str | None] | None,
+    whitebox: WhiteBoxSource | None,
     announce: Callable[[AttackPlan], None],
 ) -> Attacked:
-    """Attack a run's stack; `changes` are settings other than the defaults, or than those the attack was started with.
+    """Attack a run's stack; `changes` are settings other than the defaults, or those that the attack was started with.
 
-    `whitebox` is a copy of the classifier: its file, and its architecture's name (None as the file says).
+    `whitebox` is a copy of the classifier, which `pgd` needs.
     """
     config = configs.load(run)
     test = load_test(config.data, data)
     stack = stacks.load(run / STACK_FILE)
     spec = stack.spec
-    copy = load_whitebox(*whitebox, spec.image_shape, spec.classes) if whitebox is not None else None
+    copy = load_whitebox(whitebox, spec.image_shape, spec.classes) if whitebox is not None else None
     settings = configs.attack_settings(config, run, {**changes, "whitebox": copy.digest if copy is not None else None})
     attacks.check(settings, spec.image_shape)
     with _session(run, source) as oracle:

@@ -1,4 +1,7 @@
-"""The labels of the stability loss, argmax f(x) (Zhang et al., ICLR 2022, eq. 5): bought once per image, then kept."""
+"""What the oracle answers to clean images: bought once per image, then kept.
+
+They are what training aims at: argmax f(x), the labels of the stability loss (Zhang et al., ICLR 2022, eq. 5), or f(x).
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,6 @@ from torch import Tensor
 
 from defender_client.config import ConfigError
 from defender_client.in_flight import Crew
-from defender_client.losses import stability_labels
 from defender_client.oracle import Oracle
 from defender_client.progress import meter
 from defender_client.stack import write_safetensors
@@ -29,10 +31,10 @@ def bought(run: Path) -> bool:
     return (run / LABELS_FILE).exists()
 
 
-def oracle_labels(
+def oracle_answers(
     run: Path, oracle: Oracle, sets: dict[str, ImageSet], rows: int, in_flight: int = 1
 ) -> dict[str, Tensor]:
-    """Labels int64 [n] of each set, from the oracle's answers to its clean images; one query per image, once per run.
+    """Answers float32 [n, k] to the clean images of each set; one query per image, once per run.
 
     Interrupted, it asks again under the same keys, which the server answers without a second charge.
 
@@ -43,11 +45,11 @@ def oracle_labels(
         in_flight: requests at a time.
 
     Raises:
-        ConfigError: the labels kept are of another number of images.
+        ConfigError: the answers kept are of another number of images.
     """
     path = run / LABELS_FILE
     if not path.exists():
-        logits: dict[str, Tensor] = {}
+        answered: dict[str, Tensor] = {}
         with (
             meter("oracle labels", sum(len(images) for images in sets.values()), "images") as progress,
             Crew(in_flight) as crew,
@@ -57,16 +59,16 @@ def oracle_labels(
                 for answers in crew.in_order(_questions(oracle, name, images, rows)):
                     parts.append(answers)
                     progress.advance(len(answers), spent=oracle.log.total, left=oracle.remaining)
-                logits[name] = torch.from_numpy(np.concatenate(parts))
-        write_safetensors(logits, path, {})
+                answered[name] = torch.from_numpy(np.concatenate(parts))
+        write_safetensors(answered, path, {})
     kept = safetensors.torch.load_file(path)
     for name, images in sets.items():
         if len(kept[name]) != len(images):
             raise ConfigError(
-                f"{path} holds labels of {len(kept[name])} {name} images and the data set has {len(images)}: "
+                f"{path} holds answers to {len(kept[name])} {name} images and the data set has {len(images)}: "
                 "this run was started with other data"
             )
-    return {name: stability_labels(answers) for name, answers in kept.items()}
+    return kept
 
 
 def _questions(oracle: Oracle, name: str, images: ImageSet, rows: int) -> Iterator[Callable[[], NDArray[np.float32]]]:

@@ -22,6 +22,20 @@ def stability_labels(logits: Tensor) -> Tensor:
     return logits.argmax(dim=1)
 
 
+def squared_error(answers: Tensor, targets: Tensor) -> Tensor:
+    """Mean squared error of each row: answers [n, k], targets [n, k] -> losses [n] >= 0, float64.
+
+    Differentiable in `answers`.
+
+    Raises:
+        ValueError: shapes other than these.
+    """
+    if answers.ndim != 2 or targets.shape != answers.shape:
+        raise ValueError(f"answers and targets [n, k] expected, not {list(answers.shape)} and {list(targets.shape)}")
+    # l_i = |answer_i - target_i|^2 / k
+    return (answers.double() - targets.double()).square().mean(dim=1)
+
+
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy of each row: logits [n, k], labels [n] (int64, 0 to k - 1) -> losses [n] >= 0, float64.
 

@@ -120,7 +120,7 @@ def read(run: Path) -> NoiseFloor:
 
 def queries(estimator: EstimatorConfig, images: int) -> int:
     """What a measurement costs with `images` training images to take its points from."""
-    if estimator.name == "none" or estimator.noise == "off":
+    if not estimator.zeroth_order or estimator.noise == "off":
         return 0
     directions = _DIRECTIONS[estimator.difference]
     slopes = noise.TRIALS * noise.slope_rows(estimator.difference, directions)

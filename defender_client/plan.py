@@ -102,19 +102,20 @@ def plan(
     train, validation, test = sizes
     progress, paid = _progress(run), _paid(run, oracle)
     samples = queries = checks = bought = noise = 0
-    if config.estimator.name != "none":
-        batches_done = min(progress.batch * config.train.batch, train)
-        every, epochs = config.train.validate_every, config.train.epochs
-        samples = (epochs - progress.epoch) * train - batches_done
+    if config.estimator.name != "none" and train:
+        settings = config.train
+        every, epochs = settings.validate_every, settings.total_epochs(train)
+        whole = settings.samples(settings.total_steps(train), train)
+        samples = whole - settings.samples(progress.step, train)
         # What stands behind the checkpoint, less what was paid beyond it before a kill: that is asked again, for free.
         each_costs = queries_per_sample(config, spec)
-        queries = min(samples * each_costs, _left(epochs * train * each_costs, paid, "train"))
+        queries = min(samples * each_costs, _left(whole * each_costs, paid, "train"))
         checked = [epoch for epoch in range(1, epochs + 1) if epoch % every == 0 or epoch == epochs]
         checks = min(
             validation * sum(epoch > progress.epoch for epoch in checked),
             _left(validation * len(checked), paid, "validation"),
         )
-        if run is None or not labels.bought(run):
+        if settings.targets == "oracle" and (run is None or not labels.bought(run)):
             bought = _left(train + validation, paid, labels.PURPOSE)
         started = progress != Progress()
         noise = _left(noise_floor.queries_left(config, run, train, started=started), paid, noise_floor.PURPOSE)
@@ -157,14 +158,18 @@ def _bytes_up(
     best = best_form(spec, info)
     train, certify_ = ({"auto": best}.get(form, form) for form in (config.train.query_form, config.certify.query_form))
     seed = _SEED if config.estimator.name == "rge" else 0
-    training = queries * image if train == "images" else samples * (point + seed)
+    training = 0
+    if config.estimator.zeroth_order:
+        training = queries * image if train == "images" else samples * (point + seed)
     checking = checks * (point if train == "merged" else image)
     return training + checking + certification * (point if certify_ == "merged" else image) + others * image
 
 
 def queries_per_sample(config: RunConfig, spec: StackSpec) -> int:
-    """What one training sample costs: the estimator's own statement."""
+    """What one training sample costs: the estimator's own statement; nothing where no query makes the gradient."""
     estimator = config.estimator
+    if not estimator.zeroth_order:
+        return 0
     dimension = spec.autoencoder.latent if spec.autoencoder is not None else math.prod(spec.image_shape)
     made = zo.make(
         estimator.name,

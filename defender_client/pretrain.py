@@ -17,9 +17,10 @@ from torch.nn import functional as F
 from defender_client import checkpoints
 from defender_client import stack as stacks
 from defender_client.config import RunConfig
-from defender_client.data import Splits, augment, epoch_order, gaussian
+from defender_client.data import Splits, epoch_order, gaussian
 from defender_client.progress import meter
 from defender_client.stack import Stack, StackSpec
+from shared.augmentation import augment
 
 PRETRAINED_FILE = "pretrained.safetensors"
 

@@ -28,6 +28,7 @@ from defender_client.certify import Row
 from defender_client.config import CertifyConfig, ConfigError, RunConfig
 from defender_client.data import gaussian, load_test
 from defender_client.noise_floor import Finding
+from defender_client.objective import RECONSTRUCTION, STABILITY
 from defender_client.query_log import LOG_FILE, QueryLog
 from defender_client.smoothing import largest_radius
 from defender_client.stack import Stack
@@ -42,6 +43,7 @@ from matplotlib.figure import Figure
 RADII = (0.0, 0.25, 0.5, 0.75)
 _PICTURED_IMAGES = 8
 _AFTER_TRAINING = (certify.PURPOSE, attack.PURPOSE)
+_QUALITIES = (STABILITY.quality_name, RECONSTRUCTION.quality_name)
 
 
 @dataclass(frozen=True)
@@ -197,11 +199,14 @@ def training_figure(results: Sequence[Result]) -> Figure:
         if result.curve:
             axes.plot(
                 [point["queries"] for point in result.curve],
-                [point["agreement"] for point in result.curve],
+                [next(point[name] for name in _QUALITIES if name in point) for point in result.curve],
                 marker=".",
                 label=result.name,
             )
-    axes.set(xlabel="queries spent", ylabel="validation agreement", ylim=(0, 1))
+    names = {name for result in results for name in _QUALITIES if result.curve and name in result.curve[0]}
+    axes.set(xlabel="queries spent", ylabel=f"validation {' or '.join(sorted(names))}")
+    if names == {STABILITY.quality_name}:
+        axes.set_ylim(0, 1)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     return figure

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from defender_client.config import AutoencoderConfig, ConfigError, RunConfig
 from defender_client.models import DenoiserSpec, build_denoiser
-from shared.models.autoencoder import Autoencoder, AutoencoderSpec, Shape, paper_cifar, pyramid
+from shared.models.autoencoder import Autoencoder, AutoencoderSpec, Shape, paper, pyramid
 
 _METADATA = "stack"
 
@@ -93,15 +93,15 @@ def specify(config: RunConfig, image_shape: Shape, classes: int) -> StackSpec:
 def _autoencoder(config: AutoencoderConfig, image_shape: Shape) -> AutoencoderSpec | None:
     if config.architecture == "none":
         return None
-    fits = image_shape == (3, 32, 32) and config.latent == 192
-    if config.architecture == "paper" and not fits:
+    of_the_paper = paper(image_shape, config.latent)
+    if config.architecture == "paper" and of_the_paper is None:
         raise ConfigError(
-            f"the paper's autoencoder takes 3 x 32 x 32 images to 192 latents, not {image_shape} to {config.latent}: "
-            "set autoencoder.architecture=pyramid"
+            "the paper's autoencoders take images [3, 32, 32] to 192 latents, [3, 96, 96] to 576 and [1, 28, 28] to "
+            f"192, not {list(image_shape)} to {config.latent}: set autoencoder.architecture=pyramid"
         )
-    if config.architecture == "pyramid" or not fits:
+    if config.architecture == "pyramid" or of_the_paper is None:
         return pyramid(image_shape, config.latent, config.width)
-    return paper_cifar()
+    return of_the_paper
 
 
 def save(stack: Stack, path: Path) -> None:

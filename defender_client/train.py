@@ -1,10 +1,14 @@
-"""Zeroth-order training of denoiser and encoder from answers alone: ZO-DS and ZO-AE-DS (Zhang et al., ICLR 2022).
+"""Training of denoiser and encoder: from answers alone, ZO-DS and ZO-AE-DS, or through a white box (FO-*).
+
+Zhang et al., ICLR 2022:
 
     x~  = x + delta,  delta ~ N(0, sigma^2 I)
     w   = Enc(D_theta(x~))                        (ZO-DS: w = D_theta(x~))
     l   = CE(f'(w), argmax f(x))                  stability loss, eq. 5; f'(w) = f(Dec(w))
     g^  = ZO estimate of dl/dw                    from the oracle's answers only
     dl/dtheta = (dw/dtheta)^T g^                  by backpropagating <w, stop_grad(g^)>, eq. 9
+
+FO-DS and FO-AE-DS differ in g^ alone, which is then the gradient (`first_order`).
 
 Everything random comes from the seed through generators that are part of the checkpoint, so that a run killed at any
 moment goes on with the same sequence.
@@ -22,6 +26,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -32,51 +37,104 @@ from defender_client import stack as stacks
 from defender_client.appending import drop_lines_from
 from defender_client.black_box import BlackBox
 from defender_client.checkpoints import CHECKPOINT_FILE, CheckpointError, Progress
-from defender_client.config import RunConfig, TrainConfig
-from defender_client.data import Splits, augment, epoch_order, gaussian
+from defender_client.config import ConfigError, RunConfig, TrainConfig
+from defender_client.data import Splits, epoch_order, gaussian
 from defender_client.estimation import Estimation, StepResult
+from defender_client.first_order import FirstOrder
 from defender_client.in_flight import Crew
-from defender_client.labels import oracle_labels
-from defender_client.losses import cross_entropy
+from defender_client.labels import oracle_answers
+from defender_client.objective import STABILITY, Objective
 from defender_client.oracle import Oracle, WaitGivenUp
 from defender_client.pretrain import pretrain
 from defender_client.progress import meter
 from defender_client.stack import Stack, StackSpec
+from defender_client.whitebox import COMPARED, WhiteBox, compare
+from shared.augmentation import augment
 
 STACK_FILE = "stack.safetensors"
 CURVE_FILE = "training.jsonl"
 
 
-def train(config: RunConfig, spec: StackSpec, run: Path, splits: Splits, oracle: Oracle) -> Stack:
+class Gradients(Protocol):
+    """Where a step's gradients come from."""
+
+    def backpropagate(self, images: Tensor, targets: Tensor, label: str) -> StepResult:
+        """Add d (mean loss) / d theta to the gradients of the stack's parameters.
+
+        Args:
+            images: noisy ones [b, c, h, w].
+            targets: [b, ...], of the run's objective.
+            label: names the step's requests within the run.
+        """
+
+
+def train(
+    config: RunConfig, spec: StackSpec, run: Path, splits: Splits, oracle: Oracle, whitebox: WhiteBox | None = None
+) -> Stack:
     """Train a stack over HTTP, from its last checkpoint if there is one; returns the best by the validation split.
 
     Writes to `run`: `stack.safetensors` (the best so far), `checkpoint.safetensors`, `training.jsonl` (one line per
     validation), TensorBoard events under `tensorboard/`.
 
+    Args:
+        whitebox: what gradients go through, where `estimator.name` is `fo`.
+
     Raises:
+        ConfigError: no white box where one is needed, or one where none is; labels that the oracle's scores do not
+            have.
         OracleError: a refusal that retrying cannot better, such as `BudgetExhausted`; the run resumes where it stopped.
         FiniteDifferencesUseless: the oracle's answers are too coarse or too noisy; only the measurement was paid for.
     """
     final = run / STACK_FILE
+    check_whitebox(config, whitebox is not None)
     if config.estimator.name == "none":
         stack = pretrain(config, spec, run, splits)
         if not final.exists():
             stacks.save(stack, final)
         return stack
     checkpoint = checkpoints.load(run / CHECKPOINT_FILE)
-    if checkpoint is not None and checkpoint.progress.epoch >= config.train.epochs:
+    if checkpoint is not None and checkpoint.progress.epoch >= config.train.total_epochs(len(splits.train)):
         return stacks.load(final)
     stack = pretrain(config, spec, run, splits)
-    mu = noise_floor.step(config, run, stack, splits.train, oracle, started=checkpoint is not None)
-    labels = oracle_labels(
-        run,
-        oracle,
-        {"train": splits.train, "validation": splits.validation},
-        config.train.query_rows,
-        config.train.in_flight,
-    )
-    _Trainer(config, run, splits, oracle, stack, labels, mu).run(checkpoint)
+    mu = config.estimator.mu
+    if config.estimator.zeroth_order:
+        mu = noise_floor.step(config, run, stack, splits.train, oracle, started=checkpoint is not None)
+    objective = STABILITY
+    targets, answers = _targets(config, run, splits, oracle, objective)
+    if whitebox is not None:
+        clean = splits.train.floats(slice(0, COMPARED)) if answers is not None else None
+        compare(run, whitebox, clean, answers, objective)
+    _Trainer(config, run, splits, oracle, stack, objective, targets, mu, whitebox).run(checkpoint)
     return stacks.load(final)
+
+
+def check_whitebox(config: RunConfig, given: bool) -> None:
+    """ConfigError unless a white box is given where one is needed, and only there."""
+    if config.estimator.name == "fo" and not given:
+        raise ConfigError(
+            f"'{config.preset}' takes its gradients through a classifier that you hold: name its weights by "
+            "--whitebox FILE (the oracle gives none)"
+        )
+    if given and config.estimator.name != "fo":
+        raise ConfigError(f"'{config.preset}' takes no gradients through a classifier: leave out --whitebox")
+
+
+def _targets(
+    config: RunConfig, run: Path, splits: Splits, oracle: Oracle, objective: Objective
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """What noisy images are to become, by split; and the oracle's answers to the clean training images, if bought."""
+    sets = {"train": splits.train, "validation": splits.validation}
+    if config.train.targets == "oracle":
+        answers = oracle_answers(run, oracle, sets, config.train.query_rows, config.train.in_flight)
+        return {name: objective.targets_of(answers[name]) for name in sets}, answers["train"]
+    if objective is not STABILITY:
+        raise ConfigError("train.targets=labels is for classifiers: this oracle's answers have no labels")
+    largest = max(int(images.labels.max()) for images in sets.values() if len(images))
+    if largest >= oracle.info.classes:
+        raise ConfigError(
+            f"train.targets=labels: the data set has label {largest}, and the oracle {oracle.info.classes} scores"
+        )
+    return {name: images.labels for name, images in sets.items()}, None
 
 
 class _Trainer:
@@ -87,34 +145,45 @@ class _Trainer:
         splits: Splits,
         oracle: Oracle,
         stack: Stack,
-        labels: dict[str, Tensor],
+        objective: Objective,
+        targets: dict[str, Tensor],
         mu: float,
+        whitebox: WhiteBox | None,
     ) -> None:
         self._config, self._run, self._splits, self._oracle = config, run, splits, oracle
-        self._stack, self._labels = stack, labels
+        self._stack, self._objective, self._targets = stack, objective, targets
         self._black_box = BlackBox(stack, oracle, config.train.query_rows, config.train.query_form)
         self._crew = Crew(config.train.in_flight)
         self._generators = {
             name: torch.Generator().manual_seed(config.seed * 7 + offset)
             for offset, name in enumerate(("noise", "probes"), start=1)
         }
-        estimator = config.estimator
-        self._estimation = Estimation(
-            stack,
-            self._black_box,
-            zo.make(
-                estimator.name,
-                q=estimator.q,
-                mu=mu,
-                difference=estimator.difference,
-                generator=self._generators["probes"],
-            ),
-            self._crew,
-            query_rows=config.train.query_rows,
-            micro_batch=config.train.micro_batch,
-        )
+        self._gradients = self._first_order(whitebox) if whitebox is not None else self._zeroth_order(mu)
         self._progress = Progress()
         self._optimizer = self._new_optimizer(0)
+
+    def _first_order(self, whitebox: WhiteBox) -> Gradients:
+        micro_batch = self._config.train.micro_batch
+        return FirstOrder(self._stack, whitebox.module, self._objective, micro_batch=micro_batch)
+
+    def _zeroth_order(self, mu: float) -> Gradients:
+        estimator, settings = self._config.estimator, self._config.train
+        made = zo.make(
+            estimator.name,
+            q=estimator.q,
+            mu=mu,
+            difference=estimator.difference,
+            generator=self._generators["probes"],
+        )
+        return Estimation(
+            self._stack,
+            self._black_box,
+            made,
+            self._objective,
+            self._crew,
+            query_rows=settings.query_rows,
+            micro_batch=settings.micro_batch,
+        )
 
     def run(self, checkpoint: checkpoints.Checkpoint | None) -> None:
         """All epochs that are left; KeyboardInterrupt where a signal ended them."""
@@ -127,20 +196,20 @@ class _Trainer:
 
     def _epochs(self) -> None:
         settings, count = self._config.train, len(self._splits.train)
-        batches = math.ceil(count / settings.batch)
+        batches, steps = settings.batches(count), settings.total_steps(count)
         done = self._progress
-        samples_done = done.epoch * count + min(done.batch * settings.batch, count)
+        total, samples_done = settings.samples(steps, count), settings.samples(done.step, count)
         with (
             SummaryWriter(str(self._run / "tensorboard"), purge_step=done.step) as board,
-            meter("train", settings.epochs * count, "samples", samples_done) as meter_,
+            meter("train", total, "samples", samples_done) as meter_,
             self._crew,
             _whole_steps(self._oracle.stop_waiting) as interrupted,
         ):
-            for epoch in range(done.epoch, settings.epochs):
-                if optimizer_kind(settings, epoch) is not type(self._optimizer):
+            for epoch in range(done.epoch, settings.total_epochs(count)):
+                if optimizer_kind(settings, epoch, count) is not type(self._optimizer):
                     self._optimizer = self._new_optimizer(epoch)
                 order = epoch_order(count, self._config.seed, epoch).split(settings.batch)
-                for batch in range(self._progress.batch, batches):
+                for batch in range(self._progress.batch, min(batches, steps - epoch * batches)):
                     result = self._step(order[batch], epoch)
                     self._progress = replace(
                         self._progress, step=self._progress.step + 1, batch=batch + 1, queries=self._oracle.cost
@@ -150,7 +219,7 @@ class _Trainer:
                     self._record(board, "train", result)
                     meter_.advance(
                         len(order[batch]),
-                        f"loss {result.loss:.3f}, agreement {result.agreement:.3f}",
+                        f"loss {result.loss:.3f}, {self._objective.quality_name} {result.quality:.3f}",
                         spent=self._oracle.log.total,
                         left=self._oracle.remaining,
                     )
@@ -167,14 +236,14 @@ class _Trainer:
         clean = augment(self._splits.train.floats(index), config.data.augment, self._generators["noise"])
         noisy = gaussian(clean, config.sigma, self._generators["noise"])
         self._optimizer.zero_grad()
-        result = self._estimation.backpropagate(noisy, self._labels["train"][index], f"train/{self._progress.step}")
+        result = self._gradients.backpropagate(noisy, self._targets["train"][index], f"train/{self._progress.step}")
         self._optimizer.step()
         return result
 
     def _end_epoch(self, epoch: int, board: SummaryWriter) -> None:
         """Validate, keep the best stack, checkpoint."""
         settings = self._config.train
-        last = epoch + 1 == settings.epochs
+        last = epoch + 1 == settings.total_epochs(len(self._splits.train))
         best = self._progress.best
         if len(self._splits.validation) and ((epoch + 1) % settings.validate_every == 0 or last):
             result = self._validate(epoch)
@@ -184,14 +253,14 @@ class _Trainer:
                 "step": self._progress.step,
                 "queries": self._oracle.cost,
                 "loss": result.loss,
-                "agreement": result.agreement,
+                self._objective.quality_name: result.quality,
             }
             # A validation that a kill cut off from its checkpoint is done again, and replaces itself.
             drop_lines_from(self._run / CURVE_FILE, lambda known: _step_of(known) >= self._progress.step)
             with (self._run / CURVE_FILE).open("a", encoding="utf-8") as curve:
                 curve.write(json.dumps(line) + "\n")
-            if result.agreement >= best:
-                best = result.agreement
+            if best is None or result.quality >= best:
+                best = result.quality
                 stacks.save(self._stack, self._run / STACK_FILE)
         elif not len(self._splits.validation) and last:
             stacks.save(self._stack, self._run / STACK_FILE)
@@ -200,23 +269,23 @@ class _Trainer:
 
     @torch.no_grad()
     def _validate(self, epoch: int) -> StepResult:
-        """Agreement with the oracle's own labels on noisy validation images, the same noise every time."""
+        """Loss and quality on noisy validation images, the same noise every time."""
         self._stack.eval()
         validation = self._splits.validation
         generator = torch.Generator().manual_seed(self._config.seed)
-        losses, hits = 0.0, 0
-        for logits, targets in self._crew.in_order(self._validations(epoch, generator)):
-            losses += float(cross_entropy(logits, targets).sum())
-            hits += int((logits.argmax(1) == targets).sum())
-        return StepResult(losses / len(validation), hits / len(validation), 0.0)
+        losses, quality = 0.0, 0.0
+        for answers, targets in self._crew.in_order(self._validations(epoch, generator)):
+            losses += float(self._objective.losses(answers, targets).sum())
+            quality += float(self._objective.quality(answers, targets).sum())
+        return StepResult(losses / len(validation), quality / len(validation), 0.0)
 
     def _validations(self, epoch: int, generator: torch.Generator) -> Iterator[Callable[[], tuple[Tensor, Tensor]]]:
-        """Batches of noisy validation images to be asked about: logits [n, k] and labels [n]."""
+        """Batches of noisy validation images to be asked about: answers [n, k] and targets [n, ...]."""
         validation, size = self._splits.validation, self._config.train.batch
         for start in range(0, len(validation), size):
             part = slice(start, start + size)
             points = self._stack.front(gaussian(validation.floats(part), self._config.sigma, generator))
-            yield partial(self._validated, points, self._labels["validation"][part], f"validation/{epoch}/{start}")
+            yield partial(self._validated, points, self._targets["validation"][part], f"validation/{epoch}/{start}")
 
     def _validated(self, points: Tensor, targets: Tensor, label: str) -> tuple[Tensor, Tensor]:
         return self._black_box.logits(points, purpose="validation", label=label), targets
@@ -224,7 +293,7 @@ class _Trainer:
     def _record(self, board: SummaryWriter, what: str, result: StepResult) -> None:
         step = self._progress.step
         board.add_scalar(f"{what}/loss", result.loss, step)
-        board.add_scalar(f"{what}/agreement", result.agreement, step)
+        board.add_scalar(f"{what}/{self._objective.quality_name}", result.quality, step)
         if what == "train":
             board.add_scalar("train/gradient_norm", result.gradient_norm, step)
             board.add_scalar("queries/spent", self._oracle.cost, step)
@@ -232,8 +301,8 @@ class _Trainer:
     def _new_optimizer(self, epoch: int) -> torch.optim.Optimizer:
         settings = self._config.train
         parameters, decay = self._stack.trainable(), settings.weight_decay
-        if optimizer_kind(settings, epoch) is torch.optim.SGD:
-            return torch.optim.SGD(parameters, settings.lr, momentum=0.9, weight_decay=decay)
+        if optimizer_kind(settings, epoch, len(self._splits.train)) is torch.optim.SGD:
+            return torch.optim.SGD(parameters, settings.sgd_lr or settings.lr, momentum=0.9, weight_decay=decay)
         return torch.optim.Adam(parameters, settings.lr, weight_decay=decay)
 
     def _save(self) -> None:
@@ -261,20 +330,21 @@ def _step_of(line: bytes) -> int:
         return -1
 
 
-def optimizer_kind(settings: TrainConfig, epoch: int) -> type[torch.optim.Optimizer]:
-    """Adam; under the paper's schedule SGD after the first third of the epochs."""
-    third = math.ceil(settings.epochs / 3)
+def optimizer_kind(settings: TrainConfig, epoch: int, images: int) -> type[torch.optim.Optimizer]:
+    """Adam; under the paper's schedule SGD after the first third of the epochs, of so many images each."""
+    third = math.ceil(settings.total_epochs(images) / 3)
     return torch.optim.SGD if settings.schedule == "paper" and epoch >= third else torch.optim.Adam
 
 
 def learning_rate(settings: TrainConfig, epoch: int, batch: int, samples: int) -> float:
     """The rate of one step under the run's schedule (see `TrainConfig`)."""
     if settings.schedule == "cosine":
-        batches = math.ceil(samples / settings.batch)
-        done = (epoch * batches + batch) / (settings.epochs * batches)
+        done = (epoch * settings.batches(samples) + batch) / settings.total_steps(samples)
         return settings.lr * 0.5 * (1 + math.cos(math.pi * done))
-    if settings.schedule == "paper" and epoch >= 2 * math.ceil(settings.epochs / 3):
-        return settings.lr / 10
+    third = math.ceil(settings.total_epochs(samples) / 3)
+    if settings.schedule == "paper" and epoch >= third:
+        rate = settings.sgd_lr or settings.lr
+        return rate / 10 if epoch >= 2 * third else rate
     return settings.lr
 
 

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 from pydantic import ValidationError
@@ -365,13 +365,18 @@ def train_classifier(
     seed: Annotated[int, typer.Option(help="Of the initial weights, the order and the noise.")] = 0,
     validation: Annotated[int, typer.Option(min=1, help="Training images kept for choosing the best epoch.")] = 200,
     image_size: Annotated[int | None, typer.Option(help="Resize the images of a folder to this side.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="Weights of the same model to start from.")] = None,
+    augment: Annotated[str, typer.Option(help="none, flip, or crop-flip.")] = "none",
 ) -> None:
     """Train a classifier to serve, for those who have none."""
     from oracle_server.training import TrainingPlan
     from oracle_server.training import train_classifier as train
+    from shared.augmentation import Augmentation
     from shared.datasets import DatasetError
     from shared.models.weight_files import ModelError
 
+    if augment not in get_args(Augmentation):
+        raise typer.BadParameter(f"choose one of {', '.join(get_args(Augmentation))}", param_hint="--augment")
     options = dict(locals())
     plan = {name: options[name] for name in TrainingPlan.__dataclass_fields__ if name in options}
     with _one_line(ModelError, DatasetError):

@@ -19,10 +19,12 @@ from torch.nn import functional as F
 
 from oracle_server.cpus import usable_cpus
 from shared import datasets
+from shared.augmentation import Augmentation, augment
 from shared.datasets import DatasetError, ImageSet
 from shared.models.architectures import build
 from shared.models.classifiers import Normalize
-from shared.models.weight_files import WeightsInfo, write_weights
+from shared.models.loading import ClassifierSource, load_classifier
+from shared.models.weight_files import ModelError, WeightsInfo, write_weights
 
 _EVALUATION_BATCH = 512
 
@@ -31,6 +33,7 @@ _EVALUATION_BATCH = 512
 class TrainingPlan:
     """What to train, on what, and for how long.
 
+    `weights` is a file to start from, of the same model, instead of random weights; its normalisation is kept.
     `noise_sigma` is in pixel units of [0, 1]; `validation` is the number of training images kept for model selection;
     `command` is recorded in the weights, so that they say how they came to be.
     """
@@ -46,6 +49,8 @@ class TrainingPlan:
     seed: int = 0
     validation: int = 200
     image_size: int | None = None
+    weights: Path | None = None
+    augment: Augmentation = "none"
     command: str = ""
 
 
@@ -76,9 +81,7 @@ def train_classifier(plan: TrainingPlan, say: Callable[[str], None]) -> Training
     channels, size, width = whole.image_shape
     if size != width:
         raise DatasetError(f"images of '{plan.dataset}' are {size} x {width}: make them square (see --image-size)")
-    mean, std = _moments(train)
-    torch.manual_seed(plan.seed)  # initial weights; all later draws come from `generator`
-    network = build(plan.model, channels, whole.classes)
+    network, mean, std = _start(plan, train)
     module = nn.Sequential(Normalize(mean, std), network)
     generator = torch.Generator().manual_seed(plan.seed)
     best_accuracy, best_epoch, best_state = -1.0, 0, network.state_dict()
@@ -94,6 +97,23 @@ def train_classifier(plan: TrainingPlan, say: Callable[[str], None]) -> Training
     info = WeightsInfo(plan.model, channels, size, whole.classes, mean, std, plan.command or None)
     write_weights(plan.out, best_state, info)
     return result
+
+
+def _start(plan: TrainingPlan, train: ImageSet) -> tuple[nn.Module, tuple[float, ...], tuple[float, ...]]:
+    """The network to train, and its normalisation."""
+    channels, size, _ = train.image_shape
+    if plan.weights is None:
+        torch.manual_seed(plan.seed)  # initial weights; all later draws come from `generator`
+        return build(plan.model, channels, train.classes), *_moments(train)
+    loaded = load_classifier(ClassifierSource(plan.model, str(plan.weights)))
+    if (loaded.image_shape, loaded.classes) != ((channels, size, size), train.classes):
+        raise ModelError(
+            f"{plan.weights} maps images {list(loaded.image_shape)} to {loaded.classes} classes, and the data set has "
+            f"{list(train.image_shape)} and {train.classes}"
+        )
+    normalize, network = loaded.module
+    mean, std = (tuple(values.flatten().tolist()) for values in (normalize.mean, normalize.std))
+    return network.requires_grad_(True), mean, std
 
 
 def _moments(train: ImageSet) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -123,7 +143,8 @@ def _epochs(
             module.train()
             total = 0.0
             for index in torch.randperm(len(train), generator=generator).split(plan.batch):
-                images = _noisy(train.floats(index), plan.noise_sigma, generator)
+                images = augment(train.floats(index), plan.augment, generator)
+                images = _noisy(images, plan.noise_sigma, generator)
                 loss = F.cross_entropy(module(images), train.labels[index])
                 optimizer.zero_grad()
                 loss.backward()

@@ -6,6 +6,9 @@ section 4), so that zeroth-order estimation searches the latent, of dimension d,
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 from pydantic import BaseModel, ConfigDict, PositiveInt
 from torch import Tensor, nn
 
@@ -48,16 +51,41 @@ class Autoencoder(nn.Module):
 
 
 def paper_cifar() -> AutoencoderSpec:
-    """The paper's autoencoder for [3, 32, 32], latent 192 (Zhang et al., ICLR 2022, appendix; public code)."""
-    # (in, out, kernel, stride, padding): 32 -> 8 -> 4 -> 2 -> 1; the decoder mirrors it with transposed convolutions.
+    """The paper's autoencoder for CIFAR-10, [3, 32, 32] to 192 (Zhang et al., ICLR 2022, appendix; public code)."""
+    # 32 -> 8 -> 4 -> 2 -> 1
     steps = ((3, 24, 4, 4, 0), (24, 48, 3, 3, 2), (48, 96, 4, 2, 1), (96, 192, 2, 2, 0))
+    return _mirrored((3, 32, 32), steps, (192, 1, 1))
+
+
+def paper_stl() -> AutoencoderSpec:
+    """The paper's autoencoder for STL-10, [3, 96, 96] to 576 (public code)."""
+    # 96 -> 32 -> 8 -> 4 -> 2 -> 1
+    steps = ((3, 18, 5, 3, 1), (18, 72, 4, 4, 0), (72, 144, 3, 3, 2), (144, 288, 4, 2, 1), (288, 576, 2, 2, 0))
+    return _mirrored((3, 96, 96), steps, (576, 1, 1))
+
+
+def paper_mnist() -> AutoencoderSpec:
+    """The paper's autoencoder for MNIST reconstruction, [1, 28, 28] to 192 (public code)."""
+    # 28 -> 14 -> 4
+    return _mirrored((1, 28, 28), ((1, 3, 4, 2, 1), (3, 12, 5, 3, 0)), (12, 4, 4))
+
+
+def paper(image_shape: Shape, latent: int) -> AutoencoderSpec | None:
+    """The paper's autoencoder for images of this shape and a latent of this dimension; None where it has none."""
+    known = (paper_cifar(), paper_stl(), paper_mnist())
+    return next((spec for spec in known if (spec.image_shape, spec.latent) == (image_shape, latent)), None)
+
+
+def _mirrored(image_shape: Shape, steps: Sequence[Sequence[int]], features: Shape) -> AutoencoderSpec:
+    """Convolutions (in, out, kernel, stride, padding), each with a ReLU, down to `features`; the decoder mirrors them
+    with transposed convolutions and ends in a sigmoid."""
     encoder: list[Layer] = []
     for channels_in, channels_out, kernel, stride, padding in steps:
         encoder += [
             Conv(channels_in=channels_in, channels_out=channels_out, kernel=kernel, stride=stride, padding=padding),
             RELU,
         ]
-    decoder: list[Layer] = [Unflatten(shape=(192, 1, 1))]
+    decoder: list[Layer] = [Unflatten(shape=features)]
     for channels_in, channels_out, kernel, stride, padding in reversed(steps):
         decoder += [
             ConvTranspose(
@@ -66,7 +94,9 @@ def paper_cifar() -> AutoencoderSpec:
             RELU,
         ]
     decoder[-1] = SIGMOID
-    return AutoencoderSpec(image_shape=(3, 32, 32), latent=192, encoder=(*encoder, Flatten()), decoder=tuple(decoder))
+    return AutoencoderSpec(
+        image_shape=image_shape, latent=math.prod(features), encoder=(*encoder, Flatten()), decoder=tuple(decoder)
+    )
 
 
 def pyramid(image_shape: Shape, latent: int, width: int = 32) -> AutoencoderSpec:

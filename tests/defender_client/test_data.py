@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from defender_client.config import ConfigError, DataConfig
-from defender_client.data import augment, check_fit, epoch_order, gaussian, load_splits, load_test
+from defender_client.data import check_fit, epoch_order, gaussian, load_splits, load_test
+from shared.augmentation import augment
 from shared.datasets import DatasetError, ImageSet
 
 

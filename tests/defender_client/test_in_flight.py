@@ -45,6 +45,7 @@ from defender_client.estimation import Estimation
 from defender_client.in_flight import Crew
 from defender_client.jobs import train_job
 from defender_client.labels import LABELS_FILE
+from defender_client.objective import STABILITY
 from defender_client.oracle import WaitGivenUp
 from defender_client.oracle_client import RemoteOracle
 from defender_client.oracle_client.retrying import Retrier
@@ -257,7 +258,7 @@ def test_the_micro_batches_of_a_step_are_one_batch_where_nothing_is_taken_over_i
             stack = stacks.Stack(stacks.specify(config, (1, 8, 8), 10)).train()
             estimator = RandomDirections(3, 0.1, generator=torch.Generator().manual_seed(1))
             black_box = BlackBox(stack, oracle, 28)
-            estimation = Estimation(stack, black_box, estimator, crew, query_rows=4, micro_batch=micro_batch)
+            estimation = Estimation(stack, black_box, estimator, STABILITY, crew, query_rows=4, micro_batch=micro_batch)
             images, labels = torch.from_numpy(digits(20)), torch.arange(20) % 10
             result = estimation.backpropagate(images, labels, f"train/{micro_batch}")
             gradients.append(torch.cat([p.grad.flatten() for p in stack.trainable() if p.grad is not None]))

@@ -13,6 +13,7 @@ from defender_client import stack as stacks
 from defender_client.config import ConfigError, load_preset
 from defender_client.pretrain import fresh_stack
 from defender_client.stack import Stack, specify
+from shared.models.autoencoder import paper_cifar
 
 SHAPE = (1, 8, 8)
 
@@ -83,7 +84,7 @@ def test_weights_depend_on_the_seed_alone(tmp_path: Path) -> None:
 
 def test_which_autoencoder_is_meant(tmp_path: Path) -> None:
     paper = specify(load_preset("zo-ae-ds-cge"), (3, 32, 32), 10).autoencoder
-    assert paper == stacks.paper_cifar()
+    assert paper == paper_cifar()
     explicit = specify(load_preset("zo-ae-ds-cge", ["autoencoder.architecture=paper"]), (3, 32, 32), 10)
     assert explicit.autoencoder == paper
     assert specify(tiny(tmp_path), (3, 32, 32), 10).autoencoder == stacks.pyramid((3, 32, 32), 8, 8)

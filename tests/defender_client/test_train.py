@@ -203,7 +203,7 @@ def test_labels_of_other_data_are_not_used(server: Running, caller: Caller, tmp_
 
 def test_the_paper_s_schedule_is_adam_then_sgd_then_a_tenth(tmp_path: Path) -> None:
     settings = tiny(tmp_path, "train.schedule=paper", "train.epochs=600", "train.lr=1.0").train
-    kinds = [optimizer_kind(settings, epoch) for epoch in range(600)]
+    kinds = [optimizer_kind(settings, epoch, 96) for epoch in range(600)]
     assert kinds == [torch.optim.Adam] * 200 + [torch.optim.SGD] * 400
     assert [learning_rate(settings, epoch, 0, 96) for epoch in (0, 199, 200, 399, 400, 599)] == [1, 1, 1, 1, 0.1, 0.1]
 
@@ -217,7 +217,7 @@ def test_other_schedules(tmp_path: Path) -> None:
     assert 0 < rates[-1] < 0.1
     constant = tiny(tmp_path).train
     assert {learning_rate(constant, epoch, 1, 96) for epoch in range(9)} == {1e-3}
-    assert optimizer_kind(constant, 8) is optimizer_kind(cosine, 3) is torch.optim.Adam
+    assert optimizer_kind(constant, 8, 96) is optimizer_kind(cosine, 3) is torch.optim.Adam
 
 
 # --- killed and started again, within this process: every moment ------------------------------------------------------

@@ -7,7 +7,9 @@ import sqlite3
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from oracle_support import pay
 from typer.testing import CliRunner, Result
 
@@ -136,3 +138,32 @@ def test_a_trained_classifier_can_be_served(monkeypatch: pytest.MonkeyPatch) -> 
     assert (info.model, info.channels, info.image_size, info.classes) == ("small-cnn", 1, 8, 10)
     assert info.command == " ".join(("oracle-server", *train))
     assert load_classifier(Settings(model="small-cnn", weights="w.safetensors")).image_shape == (1, 8, 8)
+
+
+def test_training_goes_on_from_weights_that_are_there() -> None:
+    few = ("train-classifier", "--epochs", "1", "--validation", "100", "--lr", "1e-9")
+    run(*few, "--epochs", "6", "--lr", "2e-3", "--out", "first.safetensors")
+    result = run(*few, "--weights", "first.safetensors", "--augment", "flip", "--out", "second.safetensors")
+    before, after = read_weights(Path("first.safetensors")), read_weights(Path("second.safetensors"))
+    # At a rate of nothing, what comes out is what went in; from random weights it would be a tenth.
+    assert float(result.stdout.split("test accuracy ")[1].split()[0]) > 0.5
+    assert after[1].mean == pytest.approx(before[1].mean)
+    assert torch.allclose(after[0]["linear.weight"], before[0]["linear.weight"], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--weights", "none.safetensors"), "no weights file"),
+        (("--augment", "rotate"), "none, flip, crop-flip"),
+        (("--dataset", "npz", "--data", "data", "--weights", "first.safetensors"), "and the data set has"),
+    ],
+)
+def test_weights_and_augmentations_that_cannot_be_used(options: tuple[str, ...], message: str) -> None:
+    run("train-classifier", "--epochs", "1", "--out", "first.safetensors")
+    Path("data").mkdir()
+    rng = np.random.default_rng(0)
+    np.savez("data/a.npz", images=rng.integers(0, 255, (400, 8, 8), np.uint8), labels=rng.integers(0, 3, 400))
+    result = run("train-classifier", "--epochs", "1", "--out", "x.safetensors", *options, code=2)
+    assert message in " ".join(result.output.split())
+    assert not Path("x.safetensors").exists()

@@ -7,7 +7,16 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from shared.models.autoencoder import Autoencoder, AutoencoderSpec, Shape, paper_cifar, pyramid
+from shared.models.autoencoder import (
+    Autoencoder,
+    AutoencoderSpec,
+    Shape,
+    paper,
+    paper_cifar,
+    paper_mnist,
+    paper_stl,
+    pyramid,
+)
 
 
 def walk(network: nn.Sequential, x: Tensor, kind: type[nn.Module] = nn.Module) -> list[tuple[int, ...]]:
@@ -37,6 +46,24 @@ def test_the_paper_s_shapes() -> None:
     assert (model.spec.latent, model.spec.image_shape) == (192, (3, 32, 32))
 
 
+def test_the_paper_s_other_data_sets() -> None:
+    stl, mnist = Autoencoder(paper_stl()), Autoencoder(paper_mnist())
+    assert walk(stl.encoder, torch.rand(1, 3, 96, 96), nn.Conv2d) == [
+        (18, 32, 32), (72, 8, 8), (144, 4, 4), (288, 2, 2), (576, 1, 1)
+    ]  # fmt: skip
+    assert walk(stl.decoder, torch.rand(1, 576))[-1] == (3, 96, 96)
+    assert walk(mnist.encoder, torch.rand(1, 1, 28, 28), nn.Conv2d) == [(3, 14, 14), (12, 4, 4)]
+    assert walk(mnist.decoder, torch.rand(1, 192))[-1] == (1, 28, 28)
+    assert (stl.spec.latent, mnist.spec.latent) == (576, 192)
+
+
+def test_the_paper_has_one_for_a_shape_and_its_latent() -> None:
+    assert paper((3, 32, 32), 192) == paper_cifar()
+    assert paper((3, 96, 96), 576) == paper_stl()
+    assert paper((1, 28, 28), 192) == paper_mnist()
+    assert paper((3, 32, 32), 64) is paper((1, 8, 8), 192) is None
+
+
 def test_the_paper_s_layers() -> None:
     model = Autoencoder(paper_cifar())
     assert [type(m).__name__ for m in model.encoder] == ["Conv2d", "ReLU"] * 4 + ["Flatten"]
@@ -56,6 +83,8 @@ SHAPES: list[Shape] = [
 ]  # fmt: skip
 SPECS = {
     "paper": paper_cifar(),
+    "paper-stl": paper_stl(),
+    "paper-mnist": paper_mnist(),
     **{"x".join(map(str, s)): pyramid(s, latent, 8) for s, latent in zip(SHAPES, range(3, 99), strict=False)},
 }
 every_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
