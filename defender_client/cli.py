@@ -25,6 +25,7 @@ from rich.table import Table
 
 from defender_client import config as configs
 from defender_client import jobs
+from defender_client.attack import Summary, summary
 from defender_client.audit import Audit
 from defender_client.audit import audit as run_audit
 from defender_client.certify import certified_accuracy
@@ -34,7 +35,7 @@ from defender_client.demo import DemoFailed
 from defender_client.demo import demo as run_demo
 from defender_client.ledger_file import read_key
 from defender_client.offline_audit import LedgerAudit, audit_file
-from defender_client.plan import Plan, PlanUnaffordable
+from defender_client.plan import AttackPlan, Plan, PlanUnaffordable
 from defender_client.query_log import LOG_FILE, LogDamaged, QueryLog
 from defender_client.recording import RecordingError
 from defender_client.replay import described
@@ -46,6 +47,7 @@ from shared.datasets import DatasetError
 from shared.version import VERSION
 from shared.wire.errors import BudgetExhausted, OracleError
 
+_SAME_CLASSIFIER = 0.99  # of a white box that is the oracle's own, but for float rounding
 KEY_VARIABLE = "ORACLE_API_KEY"
 URL_VARIABLE = "ORACLE_URL"
 
@@ -440,3 +442,86 @@ def _reported_errors() -> Iterator[None]:
     finally:
         if before is not None:
             signal.signal(signal.SIGTERM, before)
+
+
+@app.command()
+def attack(
+    context: typer.Context,
+    run: Annotated[Path, typer.Option("--run", help="The run's directory.")],
+    oracle: MaybeOracleUrl = None,
+    data: Data = None,
+    method: Annotated[str, typer.Option(help="pgd: with a white box's gradients; square: with queries only.")] = "pgd",
+    whitebox: WhiteBoxFile = None,
+    whitebox_model: WhiteBoxModel = None,
+    through: Annotated[
+        str | None, typer.Option(help="What pgd crafts on: defended (adaptive, the default) or classifier (transfer).")
+    ] = None,
+    epsilon: Annotated[float | None, typer.Option(help="Radius of the l2 ball, pixels in [0, 1]. [default: 1]")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of pgd. [default: 40]")] = None,
+    step_size: Annotated[float | None, typer.Option(help="Length of a step. [default: 2 epsilon / steps]")] = None,
+    images: Annotated[
+        int | None, typer.Option(help="Attack the first N test images; 0 for all. [default: 100]")
+    ] = None,
+    copies: Annotated[
+        int | None, typer.Option(help="Noisy draws averaged in an answer; 0: one, without noise. [default: 10]")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of all that is random. [default: the run's]")] = None,
+    queries_per_image: Annotated[
+        int | None, typer.Option(help="The most that an image may cost. [default: 5000]")
+    ] = None,
+    ca: Ca = None,
+    record: Record = False,
+    replay: ReplayedRun = None,
+    as_json: AsJson = False,
+) -> None:
+    """Attack the run's stack in an l2 ball: PGD (Madry et al.) or Square Attack (Andriushchenko et al.)."""
+    with _reported_errors():
+        changed = {
+            "method": method,
+            "through": through,
+            "epsilon": epsilon,
+            "steps": steps,
+            "step_size": step_size,
+            "images": images,
+            "copies": copies,
+            "seed": seed,
+            "queries_per_image": queries_per_image,
+        }
+        changes = {name: value for name, value in changed.items() if value is not None}
+        source = _source(context, oracle, ca, record, replay)
+        box = _whitebox(whitebox, whitebox_model)
+        attacked = jobs.attack_job(run, data, source, changes, box, _announcing_attack(source))
+        found = summary(attacked.rows)
+        if as_json:
+            settings = attacked.settings.model_dump()
+            console.print_json(json.dumps(asdict(found) | {"settings": settings, "path": str(attacked.path)}))
+        else:
+            _print_attack(attacked, found)
+
+
+def _announcing_attack(source: LiveOracle | RecordedRun) -> Callable[[AttackPlan], None]:
+    """Says what an attack may cost; of a replay, that it will not."""
+
+    def announce(planned: AttackPlan) -> None:
+        if isinstance(source, RecordedRun):
+            errors.print(f"this attack takes its answers from the recording in {source.run}: zero queries")
+        elif planned.queries:
+            left = "no budget" if planned.remaining is None else f"{planned.remaining:,} left"
+            errors.print(f"this attack will spend at most {planned.queries:,} queries ({left})")
+
+    return announce
+
+
+def _print_attack(attacked: jobs.Attacked, found: Summary) -> None:
+    table = Table("images", "clean accuracy", "under attack", "mean l2 norm", "queries", box=None)
+    numbers = (found.clean_accuracy, found.accuracy, found.mean_norm)
+    cells = ["-" if number is None else f"{number:.3f}" for number in numbers]
+    table.add_row(f"{found.images:,}", *cells, f"{found.queries:,}")
+    console.print(table)
+    if found.agreement is not None:
+        console.print(f"the white box names the oracle's class for {found.agreement:.1%} of the clean draws")
+        if found.agreement < _SAME_CLASSIFIER:
+            console.print("so it is another classifier, and this attack a transfer: the oracle may be easier to fool")
+    settings = attacked.settings
+    how = f"{settings.copies} noisy draws an answer" if settings.copies else "without noise"
+    console.print(f"{settings.name}, {how}, seed {settings.seed}: {attacked.path}")

@@ -359,3 +359,93 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
+
+
+class AttackConfig(_Section):
+    """An attack on a run's stack: see `attack`.
+
+    Attributes:
+        method: `pgd` takes gradients of a white box, `square` asks the oracle.
+        through: what `pgd` takes the gradient of: the white box behind the `defended` stack, or the `classifier` alone.
+        epsilon: radius of the ball, in l2 over pixels in [0, 1].
+        steps: of `pgd`; those of `square` are what its queries allow.
+        step_size: of `pgd`, in l2; None for 2 epsilon / steps.
+        copies: noisy draws that are averaged, with the stack's sigma; 0 is one answer without noise.
+        queries_per_image: the most that an image may cost, its clean answer included.
+        images: the first so many of the test set; 0 for all.
+        seed: of all that is random.
+        whitebox: SHA-256 of the white box's file; None where there is none.
+    """
+
+    method: Literal["pgd", "square"] = "pgd"
+    through: Literal["defended", "classifier"] = "defended"
+    epsilon: PositiveFloat = 1.0
+    steps: PositiveInt = 40
+    step_size: PositiveFloat | None = None
+    copies: Annotated[int, Field(ge=0, le=1000)] = 10
+    queries_per_image: PositiveInt = 5000
+    images: NonNegativeInt = 100
+    seed: NonNegativeInt = 0
+    whitebox: str | None = None
+
+    @model_validator(mode="after")
+    def _possible(self) -> AttackConfig:
+        if self.method == "pgd" and self.whitebox is None:
+            raise ValueError("pgd takes gradients: name a copy of the classifier (--whitebox), or use --method square")
+        if self.method == "square" and (self.whitebox is not None or self.through != "defended"):
+            raise ValueError("square asks the oracle behind the stack: leave --whitebox and --through out")
+        if self.queries_per_image < self.evaluations * self.rows:
+            raise ValueError(
+                f"{self.method} needs {self.evaluations} answers of {self.rows} queries for an image: "
+                f"queries_per_image must be at least {self.evaluations * self.rows}, not {self.queries_per_image}"
+            )
+        return self
+
+    @property
+    def rows(self) -> int:
+        """Queries of one answer of the classifier under attack."""
+        return max(self.copies, 1)
+
+    @property
+    def evaluations(self) -> int:
+        """Answers that the method cannot do without: clean and attacked; for `square` clean, its start, and a step."""
+        return 2 if self.method == "pgd" else 3
+
+    @property
+    def most(self) -> int:
+        """Queries that an image costs at most."""
+        return 2 * self.rows if self.method == "pgd" else self.queries_per_image
+
+    @property
+    def name(self) -> str:
+        """Of the attack's files in the run's directory."""
+        return f"attack-{self.method}-{self.through}-{self.epsilon:g}"
+
+
+def attack_settings(config: RunConfig, run: Path, changes: Mapping[str, Any]) -> AttackConfig:
+    """The settings of an attack: those it was started with, else the defaults and the run's seed; then `changes`.
+
+    Raises:
+        ConfigError: values out of range, or other than those of the rows that are there already. The number of images
+            may change, which only says how far to go.
+    """
+    try:
+        settings = AttackConfig.model_validate({"seed": config.seed} | dict(changes))
+        path = run / f"{settings.name}.json"
+        started = AttackConfig.model_validate_json(path.read_bytes()) if path.exists() else None
+        if started is not None:
+            settings = AttackConfig.model_validate(started.model_dump() | dict(changes))
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        where = "".join(f"{part}: " for part in problem["loc"])
+        raise ConfigError(f"attack: {where}{problem['msg']}") from None
+    if started is not None:
+        same = started.model_copy(update={"images": settings.images})
+        remedy = f"move its {settings.name}.tsv and {settings.name}.json away"
+        _check_same(same, settings, f"{run} was attacked with other settings", remedy)
+    return settings
+
+
+def save_attack_settings(settings: AttackConfig, run: Path) -> None:
+    """Write the settings beside the rows they made."""
+    _write(settings, run / f"{settings.name}.json")

@@ -4,6 +4,7 @@
     plan       configuration, shapes, cost; spends nothing
     train      lock, configuration, plan, check against the budget, train
     certify    lock, configuration, plan, check against the budget, certify
+    attack     lock, configuration, white box, plan, check against the budget, attack
 
 Answers come from an oracle or from a recording (`sources`). A job that is run again does what is left of it. Each
 raises what its parts raise: ConfigError and DatasetError for what cannot be used, PlanUnaffordable before anything is
@@ -18,15 +19,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from defender_client import attack as attacks
 from defender_client import certify as certification
 from defender_client import config as configs
 from defender_client import stack as stacks
-from defender_client.config import RunConfig
+from defender_client.config import AttackConfig, RunConfig
 from defender_client.data import Splits, check_fit, load_splits, load_test
 from defender_client.errors import ConfigError
-from defender_client.measured import measure_splits
+from defender_client.measured import measure, measure_splits
 from defender_client.oracle import Oracle, OracleInfo
-from defender_client.plan import Plan
+from defender_client.plan import AttackPlan, Plan, plan_attack
 from defender_client.plan import plan as make_plan
 from defender_client.pretrain import PRETRAINED_FILE
 from defender_client.pretrain import pretrain as run_pretraining
@@ -177,3 +179,43 @@ def _certify(config: RunConfig, run: Path, test: ImageSet, oracle: Oracle, annou
     path = run / certification.CERTIFIED_FILE
     rows = certification.certify(stack, oracle, test, config.certify, config.seed, path)
     return Certified(rows, path, oracle.log.charged[certification.PURPOSE])
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """An attacked run: all rows of the attack, the file they are in, and the settings that made them."""
+
+    rows: list[attacks.Row]
+    path: Path
+    settings: AttackConfig
+
+
+def attack_job(
+    run: Path,
+    data: Path | None,
+    source: Source,
+    changes: Mapping[str, Any],
+    whitebox: WhiteBoxSource | None,
+    announce: Callable[[AttackPlan], None],
+) -> Attacked:
+    """Attack a run's stack; `changes` are settings other than the defaults, or those that the attack was started with.
+
+    `whitebox` is a copy of the classifier, which `pgd` needs.
+    """
+    config = configs.load(run)
+    test = load_test(config.data, data)
+    stack = stacks.load(run / STACK_FILE)
+    spec = stack.spec
+    copy = load_whitebox(whitebox, spec.image_shape, spec.classes) if whitebox is not None else None
+    settings = configs.attack_settings(config, run, {**changes, "whitebox": copy.digest if copy is not None else None})
+    attacks.check(settings, spec.image_shape)
+    with _session(run, source) as oracle:
+        check_fit(test, oracle.info.image_shape)
+        planned = plan_attack(settings, run, len(test), oracle)
+        announce(planned)
+        planned.check()
+        configs.save_attack_settings(settings, run)
+        path = run / f"{settings.name}.tsv"
+        module = copy.module if copy is not None else None
+        rows = attacks.attack(stack, oracle, test, settings, module, path, config.certify.query_form)
+        return Attacked(rows, path, settings)

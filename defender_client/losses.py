@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import log
+
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -46,3 +48,18 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
         raise ValueError(f"logits [n, k] and labels [n] expected, not {list(logits.shape)} and {list(labels.shape)}")
     # l_i = -log softmax(logits_i)[label_i]
     return F.cross_entropy(logits.double(), labels, reduction="none")
+
+
+def mean_log_scores(logits: Tensor) -> Tensor:
+    """Scores of a smoothed classifier from its draws: logits [m, b, k] -> log of the mean softmax [b, k], float64.
+
+    In logarithms, so that neither a margin nor a gradient is lost where a softmax is 0 or 1 to the last digit. One draw
+    gives its log softmax. The cross-entropy of these scores is -log of the label's mean probability.
+
+    Raises:
+        ValueError: logits that are not [m, b, k].
+    """
+    if logits.ndim != 3:
+        raise ValueError(f"logits must be [m, b, k], not {list(logits.shape)}")
+    # s = log 1/m sum_j softmax(f(x + delta_j))    (the soft smoothed classifier of Salman et al., NeurIPS 2019)
+    return logits.double().log_softmax(dim=2).logsumexp(dim=0) - log(len(logits))

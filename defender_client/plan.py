@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 
-from defender_client import certify, checkpoints, labels, noise_floor, zo
+from defender_client import attack, certify, checkpoints, labels, noise_floor, zo
 from defender_client.black_box import best_form
 from defender_client.checkpoints import CHECKPOINT_FILE, Progress
-from defender_client.config import RunConfig
+from defender_client.config import AttackConfig, RunConfig
 from defender_client.data import gaussian
 from defender_client.oracle import Oracle, OracleInfo
 from defender_client.pretrain import fresh_stack
@@ -249,3 +249,32 @@ def _own_seconds(config: RunConfig, spec: StackSpec) -> float:
         stack.front(gaussian(images, config.sigma, generator)).sum().backward()
         steps += 1
     return (time.monotonic() - start) / (steps * batch)
+
+
+@dataclass(frozen=True)
+class AttackPlan:
+    """The cost of what is left of an attack.
+
+    Attributes:
+        queries: the most that it will still buy; an image that is wrong before, or soon fooled, costs less.
+        remaining: the budget's queries left; None for a server that keeps none.
+    """
+
+    queries: int
+    remaining: int | None
+
+    def check(self) -> None:
+        """Raises PlanUnaffordable if the budget does not cover the attack."""
+        if self.remaining is not None and self.queries > self.remaining:
+            raise PlanUnaffordable(self.queries, self.remaining, "the attack")
+
+
+def plan_attack(settings: AttackConfig, run: Path, test: int, oracle: Oracle) -> AttackPlan:
+    """The cost of what is left of an attack on a test set of `test` images; asks nothing that costs a query."""
+    begun: Counter[str] = Counter()  # an image that a kill interrupted is paid for in part
+    for label, rows in _paid(run, oracle).items():
+        begun[label.rsplit("/", 2)[0]] += rows  # IMAGE/CALL/POSITION
+    todo = attack.images_left(settings, test, attack.read(run / f"{settings.name}.tsv"))
+    queries = sum(max(0, settings.most - begun[attack.image_label(settings, index)]) for index in todo)
+    budget = oracle.budget()
+    return AttackPlan(queries, budget.remaining if budget is not None else None)

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from defender_client import certify, noise_floor
+from defender_client import attack, certify, noise_floor
 from defender_client import config as configs
 from defender_client import stack as stacks
 from defender_client.certify import Row
@@ -42,6 +42,7 @@ from matplotlib.figure import Figure
 
 RADII = (0.0, 0.25, 0.5, 0.75)
 _PICTURED_IMAGES = 8
+_AFTER_TRAINING = (certify.PURPOSE, attack.PURPOSE)
 _QUALITIES = (STABILITY.quality_name, RECONSTRUCTION.quality_name)
 
 
@@ -83,7 +84,7 @@ class Result:
             "accuracy": [certify.certified_accuracy(self.rows, r) if self.rows and r <= limit else None for r in RADII],
             "abstained": sum(row.predict == -1 for row in self.rows) / len(self.rows) if self.rows else None,
             "mean_radius": sum(row.radius * row.correct for row in self.rows) / len(self.rows) if self.rows else None,
-            "training_queries": sum(v for purpose, v in self.queries.items() if purpose != certify.PURPOSE),
+            "training_queries": sum(v for purpose, v in self.queries.items() if purpose not in _AFTER_TRAINING),
             "certification_queries": self.queries.get(certify.PURPOSE, 0),
         }
 

@@ -27,7 +27,7 @@ from defender_client.run_directory import locked
 from defender_client.train import STACK_FILE
 from shared.version import VERSION
 
-COMMANDS = ("presets", "plan", "pretrain", "train", "certify", "report", "audit", "demo")
+COMMANDS = ("presets", "plan", "pretrain", "train", "certify", "report", "audit", "demo", "attack")
 SMALL = ("data.train_images=16", "data.validation_images=8", "train.epochs=1", "train.batch=8", "pretrain.batch=16")
 
 
