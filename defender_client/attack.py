@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -164,7 +165,8 @@ def attack(
     if settings.method == "pgd" and classifier is None:
         raise ValueError("pgd takes the gradients of a white box, and there is none")
     rows = read(path)
-    indices, todo = _indices(settings, len(test)), images_left(settings, len(test), rows)
+    indices = _indices(settings, len(test))
+    todo = images_left(settings, len(test), [row.idx for row in rows])
     victim = Victim(stack, oracle, settings, form)
     drop_torn_line(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -220,7 +222,7 @@ def _attacked(
         found = square(victim.scores, image, label, scores, settings.epsilon, allowed, seed)
         moved, scores = found.image, found.scores
     elif clean == label and classifier is not None:
-        moved = craft(stack, classifier, image, label, settings, _generator(settings, index, _OF_CRAFTING))
+        moved = craft(stack, classifier, image, label, settings, crafting_generator(settings, index))
         scores = victim.scores(moved)
     attacked = int(scores.argmax())
     norm = float((moved - image).norm())
@@ -272,9 +274,14 @@ def image_label(settings: AttackConfig, index: int) -> str:
     return f"{PURPOSE}/{settings.name}/{hashlib.sha256(told.encode()).hexdigest()[:8]}/{index}"
 
 
-def images_left(settings: AttackConfig, test: int, rows: list[Row]) -> list[int]:
-    """Indices of the images to attack, of a test set of `test`, that have no row yet."""
-    done = {row.idx for row in rows}
+def crafting_generator(settings: AttackConfig, index: int) -> torch.Generator:
+    """Draws what is random when an image is crafted; other draws than those of the answers about it."""
+    return _generator(settings, index, _OF_CRAFTING)
+
+
+def images_left(settings: AttackConfig, test: int, done: Iterable[int]) -> list[int]:
+    """Indices of the images to attack, of a test set of `test`, that are not `done` yet."""
+    done = set(done)
     return [index for index in _indices(settings, test) if index not in done]
 
 

@@ -25,7 +25,8 @@ from rich.table import Table
 
 from defender_client import config as configs
 from defender_client import jobs
-from defender_client.attack import Summary, summary
+from defender_client.attack import Summary
+from defender_client.attack_reconstruction import Summary as ReconstructionSummary
 from defender_client.audit import Audit
 from defender_client.audit import audit as run_audit
 from defender_client.certify import certified_accuracy
@@ -491,12 +492,13 @@ def attack(
         source = _source(context, oracle, ca, record, replay)
         box = _whitebox(whitebox, whitebox_model)
         attacked = jobs.attack_job(run, data, source, changes, box, _announcing_attack(source))
-        found = summary(attacked.rows)
         if as_json:
             settings = attacked.settings.model_dump()
-            console.print_json(json.dumps(asdict(found) | {"settings": settings, "path": str(attacked.path)}))
+            console.print_json(
+                json.dumps(asdict(attacked.summary) | {"settings": settings, "path": str(attacked.path)})
+            )
         else:
-            _print_attack(attacked, found)
+            _print_attack(attacked)
 
 
 def _announcing_attack(source: LiveOracle | RecordedRun) -> Callable[[AttackPlan], None]:
@@ -512,16 +514,35 @@ def _announcing_attack(source: LiveOracle | RecordedRun) -> Callable[[AttackPlan
     return announce
 
 
-def _print_attack(attacked: jobs.Attacked, found: Summary) -> None:
+def _print_attack(attacked: jobs.Attacked) -> None:
+    found = attacked.summary
+    if isinstance(found, Summary):
+        _print_attacked_classes(found)
+    else:
+        _print_attacked_images(found)
+    settings = attacked.settings
+    how = f"{settings.copies} noisy draws an answer" if settings.copies else "without noise"
+    console.print(f"{settings.name}, {how}, seed {settings.seed}: {attacked.path}")
+
+
+def _print_attacked_classes(found: Summary) -> None:
     table = Table("images", "clean accuracy", "under attack", "mean l2 norm", "queries", box=None)
     numbers = (found.clean_accuracy, found.accuracy, found.mean_norm)
-    cells = ["-" if number is None else f"{number:.3f}" for number in numbers]
-    table.add_row(f"{found.images:,}", *cells, f"{found.queries:,}")
+    table.add_row(f"{found.images:,}", *map(_decimals, numbers), f"{found.queries:,}")
     console.print(table)
     if found.agreement is not None:
         console.print(f"the white box names the oracle's class for {found.agreement:.1%} of the clean draws")
         if found.agreement < _SAME_CLASSIFIER:
             console.print("so it is another classifier, and this attack a transfer: the oracle may be easier to fool")
-    settings = attacked.settings
-    how = f"{settings.copies} noisy draws an answer" if settings.copies else "without noise"
-    console.print(f"{settings.name}, {how}, seed {settings.seed}: {attacked.path}")
+
+
+def _print_attacked_images(found: ReconstructionSummary) -> None:
+    table = Table("images", "", "RMSE", "SSIM", "mean l2 norm", "queries", box=None)
+    table.add_row(f"{found.images:,}", "clean", _decimals(found.rmse), _decimals(found.ssim), "-", f"{found.queries:,}")
+    under = (found.attacked_rmse, found.attacked_ssim, found.mean_norm)
+    table.add_row("", "under attack", *map(_decimals, under), "")
+    console.print(table)
+
+
+def _decimals(number: float | None) -> str:
+    return "-" if number is None else f"{number:.3f}"

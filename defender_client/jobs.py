@@ -17,9 +17,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from defender_client import attack as attacks
+from defender_client import attack_reconstruction as reconstruction_attacks
 from defender_client import certify as certification
 from defender_client import config as configs
 from defender_client import stack as stacks
@@ -185,9 +186,17 @@ def _certify(config: RunConfig, run: Path, test: ImageSet, oracle: Oracle, annou
 class Attacked:
     """An attacked run: all rows of the attack, the file they are in, and the settings that made them."""
 
-    rows: list[attacks.Row]
+    rows: list[attacks.Row] | list[reconstruction_attacks.Row]
     path: Path
     settings: AttackConfig
+
+    @property
+    def summary(self) -> attacks.Summary | reconstruction_attacks.Summary:
+        """What all rows say, of a classifier or of a reconstructor."""
+        if self.rows and isinstance(self.rows[0], reconstruction_attacks.Row):
+            return reconstruction_attacks.summary(cast("list[reconstruction_attacks.Row]", self.rows))
+        rows: list[Any] = self.rows
+        return attacks.summary(rows)
 
 
 def attack_job(
@@ -200,22 +209,32 @@ def attack_job(
 ) -> Attacked:
     """Attack a run's stack; `changes` are settings other than the defaults, or those that the attack was started with.
 
-    `whitebox` is a copy of the classifier, which `pgd` needs.
+    `whitebox` is a copy of what the oracle hides, which `pgd` needs.
     """
     config = configs.load(run)
     test = load_test(config.data, data)
     stack = stacks.load(run / STACK_FILE)
     spec = stack.spec
-    copy = load_whitebox(whitebox, spec.image_shape, spec.classes) if whitebox is not None else None
+    shape, k = spec.image_shape, spec.classes
+    copy = load_whitebox(whitebox, shape, k, config.task) if whitebox is not None else None
     settings = configs.attack_settings(config, run, {**changes, "whitebox": copy.digest if copy is not None else None})
-    attacks.check(settings, spec.image_shape)
+    if config.task == "reconstruction" and settings.method != "pgd":
+        raise ConfigError("a reconstruction is attacked by pgd, with a white box: square looks for another class")
+    attacks.check(settings, shape)
+    path = run / f"{settings.name}.tsv"
+    known = reconstruction_attacks.read(path) if config.task == "reconstruction" else attacks.read(path)
     with _session(run, source) as oracle:
         check_fit(test, oracle.info.image_shape)
-        planned = plan_attack(settings, run, len(test), oracle)
+        check_task(config, oracle.info)
+        planned = plan_attack(settings, run, len(test), [row.idx for row in known], oracle)
         announce(planned)
         planned.check()
         configs.save_attack_settings(settings, run)
-        path = run / f"{settings.name}.tsv"
-        module = copy.module if copy is not None else None
-        rows = attacks.attack(stack, oracle, test, settings, module, path, config.certify.query_form)
+        module, form = copy.module if copy is not None else None, config.certify.query_form
+        if oracle.info.measurement is None:
+            return Attacked(attacks.attack(stack, oracle, test, settings, module, path, form), path, settings)
+        if module is None:
+            raise ConfigError("a reconstruction is attacked with a white box: name its weights by --whitebox FILE")
+        shown = measure(test, oracle.info.measurement)
+        rows = reconstruction_attacks.attack(stack, oracle, shown, settings, module, path, form)
         return Attacked(rows, path, settings)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -269,12 +270,16 @@ class AttackPlan:
             raise PlanUnaffordable(self.queries, self.remaining, "the attack")
 
 
-def plan_attack(settings: AttackConfig, run: Path, test: int, oracle: Oracle) -> AttackPlan:
-    """The cost of what is left of an attack on a test set of `test` images; asks nothing that costs a query."""
+def plan_attack(settings: AttackConfig, run: Path, test: int, done: Iterable[int], oracle: Oracle) -> AttackPlan:
+    """The cost of what is left of an attack on a test set of `test` images; asks nothing that costs a query.
+
+    Args:
+        done: the images, by their index, that are attacked already.
+    """
     begun: Counter[str] = Counter()  # an image that a kill interrupted is paid for in part
     for label, rows in _paid(run, oracle).items():
         begun[label.rsplit("/", 2)[0]] += rows  # IMAGE/CALL/POSITION
-    todo = attack.images_left(settings, test, attack.read(run / f"{settings.name}.tsv"))
+    todo = attack.images_left(settings, test, done)
     queries = sum(max(0, settings.most - begun[attack.image_label(settings, index)]) for index in todo)
     budget = oracle.budget()
     return AttackPlan(queries, budget.remaining if budget is not None else None)

@@ -91,7 +91,7 @@ def test_the_stack_that_agrees_best_is_kept_and_not_the_last(
         seen[epoch] = {name: tensor.clone() for name, tensor in trainer._stack.state_dict().items()}
         if epoch == 2 and not known:
             raise Killed
-        return replace(result, agreement=agreements[epoch])
+        return replace(result, quality=agreements[epoch])
 
     monkeypatch.setattr(training._Trainer, "_validate", said)
     config = tiny(tmp_path, *RGE, "data.train_images=32", "train.epochs=3")
