@@ -162,6 +162,7 @@ class RunConfig(_Section):
 
     preset: str
     scale: str = FULL
+    task: Literal["classification", "reconstruction"] = "classification"
     description: str = ""
     seed: NonNegativeInt = 0
     sigma: PositiveFloat = 0.25
@@ -177,6 +178,10 @@ class RunConfig(_Section):
     def _trainable(self) -> RunConfig:
         if self.estimator.name != "none" and self.denoiser.architecture == "none":
             raise ValueError("there is nothing to train without a denoiser: set estimator.name=none too")
+        if self.task == "reconstruction" and self.data.augment != "none":
+            raise ValueError(
+                "data.augment: a back-projection that is flipped or cropped is none; a reconstruction's is 'none'"
+            )
         return self
 
 
@@ -213,7 +218,7 @@ def load_preset(preset: str, settings: Sequence[str] = (), scale: str = FULL) ->
         values: dict[str, Any] = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"preset {preset} is not valid TOML: {error}") from None
-    values["preset"] = path.stem if path.suffix == ".toml" else preset
+    values |= {"preset": path.stem if path.suffix == ".toml" else preset, "scale": scale}
     changes: dict[str, Any] = {}
     for setting in settings:
         _set(changes, setting)

@@ -25,7 +25,9 @@ from defender_client import config as configs
 from defender_client import stack as stacks
 from defender_client.config import AttackConfig, RunConfig
 from defender_client.data import Splits, check_fit, load_splits, load_test
-from defender_client.oracle import Oracle
+from defender_client.errors import ConfigError
+from defender_client.measured import measure_splits
+from defender_client.oracle import Oracle, OracleInfo
 from defender_client.plan import AttackPlan, Plan, plan_attack
 from defender_client.plan import plan as make_plan
 from defender_client.pretrain import PRETRAINED_FILE
@@ -73,6 +75,10 @@ def plan_job(config: RunConfig, run: Path | None, data: Path | None, source: Liv
 
 def pretrain_job(config: RunConfig, run: Path, data: Path | None) -> Path:
     """Train autoencoder and denoiser at zero queries; returns the file of the pretrained stack."""
+    if config.task == "reconstruction":
+        raise ConfigError(
+            "`pretrain` asks no oracle, and how images are measured is the oracle's to say: `train` pre-trains first"
+        )
     splits = load_splits(config.data, data, config.seed)
     with locked(run):
         configs.save(config, run)
@@ -104,6 +110,7 @@ def certify_job(
     config = configs.load(run)
     config = config.model_copy(update={"certify": configs.certify_settings(config, run, changes)})
     test = load_test(config.data, data)
+    check_certifiable(config)
     with _session(run, source) as oracle:
         return _certify(config, run, test, oracle, announce)
 
@@ -116,6 +123,18 @@ def train_and_certify_job(
     with _session(run, source) as oracle:
         _train(config, run, splits, len(test), oracle, announce)
         return _certify(config, run, test, oracle, lambda _: None)
+
+
+def check_task(config: RunConfig, info: OracleInfo) -> None:
+    """ConfigError unless the oracle answers with what the configuration is for."""
+    if config.task != info.task:
+        raise ConfigError(f"'{config.preset}' is for {config.task}, and this oracle does {info.task}: choose another")
+
+
+def check_certifiable(config: RunConfig) -> None:
+    """ConfigError unless a certificate means something: randomized smoothing certifies classes."""
+    if config.task != "classification":
+        raise ConfigError(f"'{config.preset}' is for {config.task}: it has no classes to certify; see `attack`")
 
 
 @contextmanager
@@ -135,7 +154,10 @@ def _train(
 ) -> None:
     info = oracle.info
     check_fit(splits.train, info.image_shape)
-    whitebox = load_whitebox(source, info.image_shape, info.classes) if source is not None else None
+    check_task(config, info)
+    if info.measurement is not None:
+        splits = measure_splits(splits, info.measurement)
+    whitebox = load_whitebox(source, info.image_shape, info.classes, info.task) if source is not None else None
     configs.save(config, run)
     spec = stacks.specify(config, oracle.info.image_shape, oracle.info.classes)
     planned = make_plan(config, spec, run, (len(splits.train), len(splits.validation), test_images), oracle)
@@ -147,6 +169,9 @@ def _train(
 def _certify(config: RunConfig, run: Path, test: ImageSet, oracle: Oracle, announce: Announce) -> Certified:
     check_fit(test, oracle.info.image_shape)
     stack = stacks.load(run / STACK_FILE)
+    stacks.check_matches(
+        stack.spec, stacks.specify(config, oracle.info.image_shape, oracle.info.classes), run / STACK_FILE
+    )
     planned = make_plan(config, stack.spec, run, (0, 0, len(test)), oracle)
     announce(planned)
     planned.check_certification()
@@ -178,13 +203,17 @@ def attack_job(
     `whitebox` is a copy of the classifier, which `pgd` needs.
     """
     config = configs.load(run)
+    if config.task != "classification":
+        raise ConfigError(f"'{config.preset}' is for {config.task}: this attack is on classes")
     test = load_test(config.data, data)
     stack = stacks.load(run / STACK_FILE)
     spec = stack.spec
+    stacks.check_matches(spec, stacks.specify(config, spec.image_shape, spec.classes), run / STACK_FILE)
     copy = load_whitebox(whitebox, spec.image_shape, spec.classes) if whitebox is not None else None
     settings = configs.attack_settings(config, run, {**changes, "whitebox": copy.digest if copy is not None else None})
     attacks.check(settings, spec.image_shape)
     with _session(run, source) as oracle:
+        check_task(config, oracle.info)
         check_fit(test, oracle.info.image_shape)
         planned = plan_attack(settings, run, len(test), oracle)
         announce(planned)

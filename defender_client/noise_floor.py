@@ -3,8 +3,9 @@
 At a few training images' points w, as the run trains on them, the cross entropy of the oracle's answers is asked for
 along lines (its noise eps_f) and along the estimator's directions (its slope f' and curvature). Its label is the second
 largest logit at w: the loss of an image that the stack still gets wrong, which is what training learns from. (Against
-the largest one, the loss of a confident answer is flat, and a few points would say little of the others.) Then, as root
-mean squares over points and directions,
+the largest one, the loss of a confident answer is flat, and a few points would say little of the others. The loss of a
+reconstructor is the squared error to the original image, which costs nothing to know.) Then, as root mean squares over
+points and directions,
 
     r(mu) = E(mu) / |f'|        the relative error of a difference with step mu, E of `noise.difference_error`
     s(mu) = its part by noise
@@ -33,7 +34,8 @@ from torch import Tensor
 from defender_client import noise
 from defender_client.config import ConfigError, EstimatorConfig, RunConfig
 from defender_client.data import gaussian
-from defender_client.losses import cross_entropy
+from defender_client.losses import cross_entropy, squared_error
+from defender_client.measured import MeasuredSet
 from defender_client.noise import Difference, Floats, LineNoise, Outcome, Slopes
 from defender_client.oracle import Oracle
 from defender_client.progress import console
@@ -217,24 +219,34 @@ def _undetermined(estimator: EstimatorConfig, lines: list[LineNoise], reach: flo
 class _Questions:
     """Losses at points of the stack's decoder, asked of the oracle or, where they were asked before a kill, from disk.
 
-    The labels are those of the second largest logits in the middle of the first round's lines.
+    A classifier's labels are those of the second largest logits in the middle of the first round's lines.
+
+    Args:
+        aims: what a reconstructor's answers at the points are held against, [points, k]; None for a classifier.
     """
 
-    def __init__(self, run: Path, stack: Stack, oracle: Oracle) -> None:
-        self._run, self._stack, self._oracle = run, stack, oracle
+    def __init__(self, run: Path, stack: Stack, oracle: Oracle, aims: Tensor | None) -> None:
+        self._run, self._stack, self._oracle, self._aims = run, stack, oracle, aims
         self.kept = read(run)
         self._round = 0
 
     def __call__(self, points: Floats) -> Floats:
         number, self._round = self._round, self._round + 1
         if number == len(self.kept.losses):
-            logits = self._ask(torch.from_numpy(points).float(), number)
-            middle = logits[noise.LINE_POINTS // 2 :: noise.LINE_POINTS]
-            labels = self.kept.labels or middle.topk(2).indices[:, 1].tolist()
-            targets = torch.tensor(labels).repeat_interleave(len(points) // len(labels))
-            losses = cross_entropy(logits, targets).tolist()
-            self.keep(NoiseFloor(labels=labels, losses=[*self.kept.losses, losses]))
+            answers = self._ask(torch.from_numpy(points).float(), number)
+            labels, losses = self._losses(answers)
+            self.keep(NoiseFloor(labels=labels, losses=[*self.kept.losses, losses.tolist()]))
         return np.array(self.kept.losses[number])
+
+    def _losses(self, answers: Tensor) -> tuple[list[int], Tensor]:
+        """The labels, none for a reconstructor, and the losses of the answers."""
+        if self._aims is not None:
+            aims = self._aims.repeat_interleave(len(answers) // len(self._aims), dim=0)
+            return [], squared_error(answers, aims)
+        middle = answers[noise.LINE_POINTS // 2 :: noise.LINE_POINTS]
+        labels = self.kept.labels or middle.topk(2).indices[:, 1].tolist()
+        targets = torch.tensor(labels).repeat_interleave(len(answers) // len(labels))
+        return labels, cross_entropy(answers, targets)
 
     def keep(self, floor: NoiseFloor) -> None:
         """Write the file, whole or not at all."""
@@ -265,7 +277,8 @@ def _measure(config: RunConfig, run: Path, stack: Stack, images: ImageSet, oracl
     # Never below mu: the run would ask there anyway.
     reach = max(float(torch.pdist(others).median()) / 2, estimator.mu)
 
-    ask = _Questions(run, stack, oracle)
+    aims = images.originals(index).flatten(1) if isinstance(images, MeasuredSet) else None
+    ask = _Questions(run, stack, oracle, aims)
     half = noise.LINE_POINTS // 2
     lines = noise.measure_noise(ask, points, across, estimator.mu / half, reach / half)
     level = noise_level(lines)

@@ -46,3 +46,5 @@ def _minus_root(answers: Tensor, targets: Tensor) -> Tensor:
 
 STABILITY = Objective("stability", cross_entropy, _agreement, "agreement", stability_labels)
 RECONSTRUCTION = Objective("reconstruction", squared_error, _minus_root, "-RMSE", torch.Tensor.clone)
+OF_TASK = {"classification": STABILITY, "reconstruction": RECONSTRUCTION}
+"""By what the oracle answers with."""

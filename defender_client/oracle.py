@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, PositiveInt, Strict
 
 from defender_client.query_log import QueryLog
+from shared.measurements import Measurement
 from shared.wire import protocol
 
 if TYPE_CHECKING:
@@ -34,13 +35,16 @@ class OracleInfo(BaseModel):
 
     Attributes:
         image_shape: (c, h, w) of the images it takes.
-        classes: length k of a vector of scores.
+        classes: length k of a flat answer: of a vector of scores, or c h w of a reconstruction.
         max_rows: the largest batch it takes in one request, by its own limits on rows and on bytes.
         scores: what its scores are.
         row_limit: the largest number of rows in one request, if it says so, whatever their size.
         body_limit: the largest request, in bytes, if it says so.
         factored: whether it reads factored batches (`shared.wire.probes`).
-        decoders: whether a decoder can be registered with it, and merged into its classifier.
+        decoders: whether a decoder can be registered with it, and merged into its model.
+        task: what it answers with: scores of classes, or a reconstruction. What follows is None for a classifier.
+        output_shape: (c, h, w) of a reconstruction.
+        measurement: what a reconstructor's images are back-projections of (`shared.measurements`).
     """
 
     model_config = ConfigDict(frozen=True)
@@ -53,19 +57,31 @@ class OracleInfo(BaseModel):
     body_limit: _Count | None = None
     factored: bool = False
     decoders: bool = False
+    task: protocol.Task = "classification"
+    output_shape: tuple[_Count, _Count, _Count] | None = None
+    measurement: Measurement | None = None
+
+    @property
+    def output_name(self) -> str:
+        """What its answers are called on the wire."""
+        return protocol.OUTPUT_NAMES[self.task]
+
+    def answered(self, flat: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of an answer on the wire, of its flat shape (..., k)."""
+        return flat if self.output_shape is None else (*flat[:-1], *self.output_shape)
 
     def logits(self, scores: NDArray[np.float32]) -> NDArray[np.float32]:
         """Scores [n, k] as logits [n, k], float32.
 
         Probabilities p become log(max(p, tiny)), tiny the smallest normal float32: the logits up to a constant of each
         row, which neither a softmax nor an argmax sees; where the oracle rounds, what it rounded away is gone. Labels
-        stay as they are, 1 and 0: their argmax is the label, and there is no more to them.
+        stay as they are, 1 and 0: their argmax is the label, and there is no more to them. So do reconstructions.
         """
         return np.log(np.maximum(scores, _TINY)) if self.scores == "probabilities" else scores
 
 
 class Oracle(Protocol):
-    """A classifier that may only be asked: what training, certification and the plan use of it.
+    """A model that may only be asked: what training, certification and the plan use of it.
 
     `query` may be called by several threads at once; what an answer is and costs does not depend on their order.
     """
@@ -88,7 +104,7 @@ class Oracle(Protocol):
         replay, that of the run that was recorded."""
 
     def query(self, images: NDArray[np.float32], *, purpose: str, label: str) -> NDArray[np.float32]:
-        """Logits float32 [n, k] of images float32 [n, c, h, w] in [0, 1].
+        """Logits float32 [n, k] of images float32 [n, c, h, w] in [0, 1]; of a reconstructor, its pixels [n, c h w].
 
         Args:
             images: the batch.
@@ -103,7 +119,7 @@ class Oracle(Protocol):
         """
 
     def register(self, decoder: bytes) -> str | None:
-        """Have a decoder's file (`shared.models.decoder`) merged into the classifier; its id, or None where this oracle
+        """Have a decoder's file (`shared.models.decoder`) merged into the model; its id, or None where this oracle
         does not take it. Costs no query; the same file has the same id, however often it is registered."""
 
     def stop_waiting(self) -> None:

@@ -44,6 +44,7 @@ def pretrain(config: RunConfig, spec: StackSpec, run: Path, splits: Splits) -> S
     if path.exists():
         stack = stacks.load(path)
         # `pretrain` asks no oracle: the number of classes it went by is the data set's guess.
+        stacks.check_matches(stack.spec.model_copy(update={"classes": spec.classes}), spec, path)
         stack.spec = spec
         return stack
     stack = fresh_stack(spec, config.seed)

@@ -36,11 +36,11 @@ class Question(Protocol):
         """How many rows from the first on to ask about at once: at most `most`, and what this oracle takes; at
         least 1."""
 
-    def encode(self) -> codec.Encoded:
-        """The body of a request for all rows."""
+    def encode(self, output: str = protocol.OUTPUT_NAME) -> codec.Encoded:
+        """The body of a request for all rows; `output` is what the oracle calls its answers."""
 
     def answered(self, classes: int) -> tuple[int, ...]:
-        """Shape of the answer; its values are the rows' scores in order."""
+        """Flat shape of the answer, (..., k); its values are the rows' answers in order."""
 
     @property
     def decoder(self) -> str | None:
@@ -63,8 +63,8 @@ class Images:
     def fitting(self, info: OracleInfo, most: int) -> int:
         return max(1, min(len(self), most, info.max_rows))
 
-    def encode(self) -> codec.Encoded:
-        return codec.encode_request({protocol.INPUT_NAME: self.values}, outputs=(protocol.OUTPUT_NAME,))
+    def encode(self, output: str = protocol.OUTPUT_NAME) -> codec.Encoded:
+        return codec.encode_request({protocol.INPUT_NAME: self.values}, outputs=(output,))
 
     def answered(self, classes: int) -> tuple[int, ...]:
         return len(self), classes
@@ -87,10 +87,10 @@ class Latents:
         room = (info.body_limit - HEADER_BYTES) // (4 * self.values.shape[1]) if info.body_limit else most
         return max(1, min(len(self), most, info.row_limit or info.max_rows, room))
 
-    def encode(self) -> codec.Encoded:
+    def encode(self, output: str = protocol.OUTPUT_NAME) -> codec.Encoded:
         return codec.encode_request(
             {protocol.LATENTS_NAME: self.values},
-            outputs=(protocol.OUTPUT_NAME,),
+            outputs=(output,),
             parameters={protocol.DECODER_PARAMETER: self.decoder},
         )
 
@@ -132,7 +132,7 @@ class Factored:
             rows = max(1, rows // 2)
         return rows
 
-    def encode(self) -> codec.Encoded:
+    def encode(self, output: str = protocol.OUTPUT_NAME) -> codec.Encoded:
         parameters: dict[str, Any] = {probes.DIFFERENCE_PARAMETER: self.probes.difference}
         if self.part is not None:
             parameters[probes.ROWS_PARAMETER] = list(self.part)
@@ -140,7 +140,7 @@ class Factored:
             parameters[protocol.CLAMP_PARAMETER] = True
         else:
             parameters[protocol.DECODER_PARAMETER] = self.decoder
-        return codec.encode_request(self.probes.inputs(), outputs=(protocol.OUTPUT_NAME,), parameters=parameters)
+        return codec.encode_request(self.probes.inputs(), outputs=(output,), parameters=parameters)
 
     def answered(self, classes: int) -> tuple[int, ...]:
         return (self.probes.n, self.probes.p, classes) if self.part is None else (len(self), classes)

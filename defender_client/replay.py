@@ -93,7 +93,7 @@ class Replay:
                 continue
             if answer.rows not in digests:
                 first = question if answer.rows == len(question) else question.take(0, answer.rows)
-                digests[answer.rows] = request_key.digest(first.encode())
+                digests[answer.rows] = request_key.digest(first.encode(answer.oracle.output_name))
             if digests[answer.rows] == answer.key.digest:
                 return answer
         self._refuse(label, other_images=bool(recorded))

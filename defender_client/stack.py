@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, Validati
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from defender_client.config import AutoencoderConfig, ConfigError, RunConfig
+from defender_client.config import CONFIG_FILE, AutoencoderConfig, ConfigError, RunConfig
 from defender_client.models import DenoiserSpec, build_denoiser
 from shared.models.autoencoder import Autoencoder, AutoencoderSpec, Shape, paper, pyramid
 
@@ -122,6 +122,20 @@ def load(path: Path) -> Stack:
     except (SafetensorError, KeyError, ValidationError, RuntimeError, json.JSONDecodeError) as error:
         raise ConfigError(f"{path} does not hold a stack: {error}") from None
     return stack.eval()
+
+
+def check_matches(spec: StackSpec, meant: StackSpec, path: Path) -> None:
+    """ConfigError unless the stack in `path` is, part for part, the one that its run's configuration means.
+
+    A file is believed about what is in it. That a part was left out, only the configuration can tell.
+    """
+    differing = [name for name in StackSpec.model_fields if getattr(spec, name) != getattr(meant, name)]
+    if differing:
+        told = [name if getattr(spec, name) is not None else f"{name} (it has none)" for name in differing]
+        raise ConfigError(
+            f"{path} differs from what {CONFIG_FILE} beside it describes in {', '.join(told)}: "
+            "put the run's own file back, or start again in another --out"
+        )
 
 
 def write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:

@@ -43,7 +43,7 @@ from defender_client.estimation import Estimation, StepResult
 from defender_client.first_order import FirstOrder
 from defender_client.in_flight import Crew
 from defender_client.labels import oracle_answers
-from defender_client.objective import STABILITY, Objective
+from defender_client.objective import OF_TASK, STABILITY, Objective
 from defender_client.oracle import Oracle, WaitGivenUp
 from defender_client.pretrain import pretrain
 from defender_client.progress import meter
@@ -99,7 +99,7 @@ def train(
     mu = config.estimator.mu
     if config.estimator.zeroth_order:
         mu = noise_floor.step(config, run, stack, splits.train, oracle, started=checkpoint is not None)
-    objective = STABILITY
+    objective = OF_TASK[oracle.info.task]
     targets, answers = _targets(config, run, splits, oracle, objective)
     if whitebox is not None:
         clean = splits.train.floats(slice(0, COMPARED)) if answers is not None else None

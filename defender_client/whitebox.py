@@ -6,6 +6,7 @@ The server never gives gradients; whoever wants them brings the weights.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,9 @@ from torch import Tensor, nn
 from defender_client.config import ConfigError
 from defender_client.objective import Objective
 from defender_client.progress import console
-from shared.models.loading import ClassifierSource, load_classifier
+from shared.models.loading import Classifier, ClassifierSource, Reconstructor, load_classifier, load_reconstructor
 from shared.models.weight_files import ModelError
+from shared.wire.protocol import Task
 
 WHITEBOX_FILE = "whitebox.json"
 _ALIKE = 0.99
@@ -58,20 +60,28 @@ class Comparison(BaseModel):
     agreement: float | None = None
 
 
-def load_whitebox(source: WhiteBoxSource, image_shape: tuple[int, int, int], classes: int) -> WhiteBox:
-    """A white box for an oracle of this shape.
+def load_whitebox(
+    source: WhiteBoxSource, image_shape: tuple[int, int, int], classes: int, task: Task = "classification"
+) -> WhiteBox:
+    """A white box for an oracle of this shape and task; `classes` is the number of values of an answer.
 
     Raises:
         ConfigError: the file cannot be read, or is of another shape than the oracle.
     """
     try:
-        loaded = load_classifier(ClassifierSource(model=source.model, weights=str(source.weights)))
+        loaded: Classifier | Reconstructor
+        if task == "reconstruction":
+            loaded = load_reconstructor(source.weights, source.model)
+            values = math.prod(loaded.image_shape)
+        else:
+            loaded = load_classifier(ClassifierSource(model=source.model, weights=str(source.weights)))
+            values = loaded.classes
     except ModelError as error:
         remedy = "" if source.model else " (--whitebox-model NAME says which architecture it is)"
         raise ConfigError(f"--whitebox {source.weights}: {error}{remedy}") from None
-    if (loaded.image_shape, loaded.classes) != (image_shape, classes):
+    if (loaded.image_shape, values) != (image_shape, classes):
         raise ConfigError(
-            f"--whitebox {source.weights} maps images {list(loaded.image_shape)} to {loaded.classes} values, and the "
+            f"--whitebox {source.weights} maps images {list(loaded.image_shape)} to {values} values, and the "
             f"oracle {list(image_shape)} to {classes}: it is not what this oracle hides"
         )
     # Channels last: convolutions, and their gradients, are faster there on a CPU.

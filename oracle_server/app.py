@@ -41,14 +41,14 @@ def create_app(settings: Settings, oracle: Oracle | None = None) -> FastAPI:
 
     Args:
         settings: what to serve and within which limits.
-        oracle: answers instead of the classifier that the settings name.
+        oracle: answers instead of the model that the settings name, and has its task.
 
     Raises:
         PolicyError: the policy cannot be used.
-        ModelError: the classifier cannot be loaded.
+        ModelError: the model cannot be loaded.
         LedgerError: the ledger cannot be opened.
     """
-    policy = Policy(load_policy(settings.policy), max_batch_rows=settings.max_batch_rows)
+    policy = Policy(load_policy(settings.policy, settings.task), max_batch_rows=settings.max_batch_rows)
     oracle = oracle or build_oracle(settings)  # before the ledger, which a wrong model should not leave behind
     ledger = Ledger.open(settings.ledger, signing_key=settings.signing_key, timeout=settings.ledger_timeout)
     try:

@@ -28,7 +28,7 @@ from shared.audit.signatures import SignatureInvalid, read_public_key
 from shared.version import VERSION
 from shared.wire.errors import OracleError
 
-app = typer.Typer(no_args_is_help=True, help="Hide a classifier and count every query.", pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, help="Hide a model and count every query.", pretty_exceptions_enable=False)
 clients_app = typer.Typer(no_args_is_help=True, help="Who may query, and how much.")
 ledger_app = typer.Typer(no_args_is_help=True, help="The account of every query.")
 app.add_typer(clients_app, name="clients")
@@ -90,8 +90,15 @@ def main(
 
 @app.command()
 def serve(
+    task: Annotated[
+        str | None, typer.Option(help="classification or reconstruction. [default: classification]")
+    ] = None,
     model: Annotated[
-        str | None, typer.Option(help="digits-cnn, small-cnn, cifar-resnet20|32|44|56|110, or one of torchvision's.")
+        str | None,
+        typer.Option(
+            help="digits-cnn, small-cnn, cifar-resnet20|32|44|56|110, or one of torchvision's; of the task "
+            "reconstruction small-reconstructor."
+        ),
     ] = None,
     weights: Annotated[
         str | None, typer.Option(help="A .safetensors, .pt or .pth file; for torchvision's own: DEFAULT or their name.")
@@ -171,7 +178,7 @@ def serve(
     ] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info or warning. [default: info]")] = None,
 ) -> None:
-    """Serve a classifier. Every option can also be set by a variable ORACLE_<OPTION>."""
+    """Serve a classifier, or a reconstructor. Every option can also be set by a variable ORACLE_<OPTION>."""
     given = {name: value for name, value in locals().items() if value is not None}
     for name in ("mean", "std"):
         if name in given:
@@ -383,6 +390,39 @@ def train_classifier(
         result = train(TrainingPlan(**plan, command=_command()), lambda line: typer.echo(line, err=True))
     typer.echo(f"validation accuracy {result.validation_accuracy:.4f} (epoch {result.epoch})")
     typer.echo(f"test accuracy {result.test_accuracy:.4f}")
+    typer.echo(f"wrote {out}")
+
+
+@app.command()
+def train_reconstructor(
+    out: Annotated[Path, typer.Option(help="The .safetensors file to write.")],
+    dataset: Annotated[
+        str, typer.Option(help="digits (embedded), mnist, fashion-mnist, cifar10, stl10, npz or folder.")
+    ] = "digits",
+    data: Annotated[Path | None, typer.Option(help="Directory of the data; not needed for digits.")] = None,
+    model: Annotated[str, typer.Option(help="small-reconstructor.")] = "small-reconstructor",
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="Measurements of an image. [default: 576 of 784 pixels, as the paper]")
+    ] = None,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 30,
+    batch: Annotated[int, typer.Option(min=2, help="Images a step.")] = 64,
+    lr: Annotated[float, typer.Option(help="Highest learning rate of the one-cycle schedule.")] = 2e-3,
+    seed: Annotated[int, typer.Option(min=0, help="Of the measurements, the initial weights and the order.")] = 0,
+    validation: Annotated[int, typer.Option(min=1, help="Training images kept for choosing the best epoch.")] = 200,
+    image_size: Annotated[int | None, typer.Option(help="Resize the images of a folder to this side.")] = None,
+) -> None:
+    """Train a reconstructor to serve: it makes images of their linear measurements."""
+    from oracle_server.training_reconstructor import ReconstructionPlan
+    from oracle_server.training_reconstructor import train_reconstructor as train
+    from shared.datasets import DatasetError
+    from shared.models.weight_files import ModelError
+
+    options = dict(locals())
+    plan = {name: options[name] for name in ReconstructionPlan.__dataclass_fields__ if name in options}
+    with _one_line(ModelError, DatasetError):
+        result = train(ReconstructionPlan(**plan, command=_command()), lambda line: typer.echo(line, err=True))
+    typer.echo(f"validation RMSE {result.validation_rmse:.4f} (epoch {result.epoch})")
+    typer.echo(f"test RMSE {result.test_rmse:.4f}")
     typer.echo(f"wrote {out}")
 
 

@@ -31,9 +31,10 @@ from shared.wire.errors import (
 
 TITLE = "Oracle"
 DESCRIPTION = (
-    "A classifier that can only be queried. Open Inference Protocol v2 with binary tensors; one query is one row: one "
-    "image in, one vector of logits out. Each query is charged to a lifetime budget before it is answered; whatever is "
-    "refused is not charged. Errors are problem+json (RFC 9457) that also carry the protocol's `error`."
+    "A model that can only be queried. Open Inference Protocol v2 with binary tensors; one query is one row: one image "
+    "in, one vector of logits or one reconstruction out. Each query is charged to a lifetime budget before it is "
+    "answered; whatever is refused is not charged. Errors are problem+json (RFC 9457) that also carry the protocol's "
+    "`error`."
 )
 
 _SCHEMAS = "#/components/schemas/"
@@ -92,15 +93,16 @@ OF_A_MODEL = _refusals(NotFound)
 OF_DECODERS = OF_A_KEY | _refusals(ClientRevoked, DecodersNotAllowed, DecoderUnknown)
 
 INFER: dict[str, Any] = {
-    "summary": "Query the classifier: images in, logits out",
+    "summary": "Query the model: images in, logits (or reconstructions) out",
     "description": (
-        f"Input `{protocol.INPUT_NAME}` FP32 [n, c, h, w] in [0, 1]; output `{protocol.OUTPUT_NAME}` FP32 [n, k]. "
+        f"Input `{protocol.INPUT_NAME}` FP32 [n, c, h, w] in [0, 1]; output `{protocol.OUTPUT_NAME}` FP32 [n, k], or "
+        f"`{protocol.RECONSTRUCTION_NAME}` FP32 [n, c, h, w] of a reconstructor: the model's metadata says which. "
         "Costs n queries, all or nothing. The body may be compressed (Content-Encoding gzip or deflate)."
     ),
     "tags": ["model"],
     "responses": {
         200: {
-            "description": "The logits",
+            "description": "The logits, or the reconstructions",
             "content": {"application/octet-stream": _BINARY, "application/json": _json(_MESSAGES[1])},
             "headers": {
                 protocol.QUERY_CHARGE_HEADER: _header("Queries charged; 0 for a replay.", "integer"),

@@ -76,8 +76,8 @@ class PixelRows:
             pixels = np.clip(pixels, 0.0, 1.0)
         return pixels.reshape(stop - start, *self._image_shape)
 
-    def arrange(self, logits: Float32) -> Float32:
-        return logits.reshape(*self._answered, logits.shape[-1])
+    def arrange(self, answers: Float32) -> Float32:
+        return answers.reshape(*self._answered, answers.shape[-1])
 
     def check(self) -> None:
         """Make every row once, and refuse what is not an image.
@@ -129,5 +129,5 @@ class DecodedRows:
                 refusal.extensions["row"] = row + start  # of the request, and not of the block
             raise
 
-    def arrange(self, logits: Float32) -> Float32:
-        return logits.reshape(*self._answered, logits.shape[-1])
+    def arrange(self, answers: Float32) -> Float32:
+        return answers.reshape(*self._answered, answers.shape[-1])

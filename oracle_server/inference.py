@@ -18,10 +18,11 @@ from oracle_server.body import Buffer, decompress
 from oracle_server.book import Charge, Payment, Release, Reservation, Reserve
 from oracle_server.budget import HeldByOthers
 from oracle_server.ledger import Client
+from oracle_server.oracle import Oracle
 from oracle_server.room import Share
 from oracle_server.rows import Float32, Rows
 from oracle_server.service import Service
-from shared.wire import codec, protocol
+from shared.wire import codec
 from shared.wire.errors import InternalError, MalformedRequest, OracleError
 
 log = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Answer:
-    """The encoded logits and what they cost."""
+    """The encoded answer and what it cost."""
 
     encoded: codec.Encoded
     payment: Payment
@@ -56,8 +57,9 @@ def prepare(
     """
     body = decompress(body, content_encoding, share, limit=service.settings.max_body_bytes)
     request = codec.decode_request(body, json_length)
-    if set(request.outputs) - {protocol.OUTPUT_NAME}:
-        raise MalformedRequest(f"the one output is '{protocol.OUTPUT_NAME}', not {', '.join(sorted(request.outputs))}")
+    output = service.oracle.output_name
+    if set(request.outputs) - {output}:
+        raise MalformedRequest(f"the one output is '{output}', not {', '.join(sorted(request.outputs))}")
     rows = read_rows(
         request, service.oracle, service.policy.check_rows, lambda name: service.decoders.get(client_id, name)
     )
@@ -86,10 +88,10 @@ async def answer(service: Service, client: Client, idempotency_key: str | None, 
                 begun.cancel()
             raise
         try:
-            logits = await asyncio.wrap_future(begun or service.batcher.submit(prepared.rows, client.id))
-            scores = await service.policy.transform(logits, prepared.rows, reservation.seq)
+            computed = await asyncio.wrap_future(begun or service.batcher.submit(prepared.rows, client.id))
+            told = await service.policy.transform(computed, prepared.rows, reservation.seq)
             service.policy.fail_by_chance()
-            encoded = await service.on_bodies(_encode, prepared.request, prepared.rows, scores)
+            encoded = await service.on_bodies(_encode, service.oracle, prepared.request, prepared.rows, told)
         except BaseException as error:
             # Not awaited where the server is being ended: the ledger finishes what is queued before it closes.
             released = service.ledger.submit(Release(reservation, "its answer failed"))
@@ -99,7 +101,7 @@ async def answer(service: Service, client: Client, idempotency_key: str | None, 
             if isinstance(error, OracleError):
                 raise
             log.exception("inference of %d rows failed; nothing was charged", rows)
-            raise InternalError("the classifier failed on this batch; nothing was charged") from error
+            raise InternalError("the model failed on this batch; nothing was charged") from error
         payment = reservation.paid or await _charge(service, reservation)
         service.metrics.batch_rows.observe(rows)
         return Answer(encoded, payment)
@@ -125,14 +127,16 @@ async def _charge(service: Service, reservation: Reservation) -> Payment:
     return payment
 
 
-def _encode(request: codec.InferRequest, rows: Rows, logits: Float32) -> codec.Encoded:
-    logits = rows.arrange(logits)
-    binary = request.wants_binary(protocol.OUTPUT_NAME)
-    if not binary and not np.isfinite(logits).all():
+def _encode(oracle: Oracle, request: codec.InferRequest, rows: Rows, answers: Float32) -> codec.Encoded:
+    """The response to answers [n, k], which are flat up to here."""
+    arranged = rows.arrange(answers)
+    arranged = arranged.reshape(*arranged.shape[:-1], *oracle.output_shape)
+    binary = request.wants_binary(oracle.output_name)
+    if not binary and not np.isfinite(arranged).all():
         raise InternalError(
-            "the classifier's logits are not all finite, which JSON cannot write: ask for binary outputs "
+            "the model's answers are not all finite, which JSON cannot write: ask for binary outputs "
             "(parameters.binary_data_output); nothing was charged"
         )
     return codec.encode_response(
-        {protocol.OUTPUT_NAME: logits}, binary={protocol.OUTPUT_NAME: binary}, request_id=request.id
+        {oracle.output_name: arranged}, binary={oracle.output_name: binary}, request_id=request.id
     )

@@ -1,4 +1,4 @@
-"""Which classifier the settings name: see `shared.models.loading`, where it is built."""
+"""Which model the settings name: see `shared.models.loading`, where it is built."""
 
 from __future__ import annotations
 
@@ -7,11 +7,23 @@ from pathlib import Path
 from oracle_server.settings import Settings
 from shared.models import loading
 from shared.models.architectures import check_name
-from shared.models.loading import Classifier, ClassifierSource, needs_weights
+from shared.models.loading import Classifier, ClassifierSource, Reconstructor, needs_weights
+from shared.models.reconstructors import check_reconstructor
+from shared.models.weight_files import ModelError
 
-__all__ = ["SHIPPED", "Classifier", "load_classifier"]
+__all__ = ["SHIPPED", "Classifier", "Reconstructor", "load_classifier", "load_model", "load_reconstructor"]
 
 SHIPPED = {"digits-cnn": Path(__file__).parent / "weights" / "digits-cnn.safetensors"}
+_OF_CLASSIFIERS = ("classes", "channels", "image_size", "mean", "std")
+
+
+def load_model(settings: Settings) -> Classifier | Reconstructor:
+    """The model of the settings' task.
+
+    Raises:
+        ModelError: as `load_classifier` and `load_reconstructor`.
+    """
+    return load_reconstructor(settings) if settings.task == "reconstruction" else load_classifier(settings)
 
 
 def load_classifier(settings: Settings) -> Classifier:
@@ -20,13 +32,14 @@ def load_classifier(settings: Settings) -> Classifier:
     Raises:
         ModelError: unknown architecture, missing or unreadable weights, or weights that do not fit.
     """
-    check_name(settings.model)
-    weights = settings.weights or str(SHIPPED.get(settings.model) or "")
+    name = settings.model_name
+    check_name(name)
+    weights = settings.weights or str(SHIPPED.get(name) or "")
     if not weights:
-        raise needs_weights(settings.model)
+        raise needs_weights(name)
     return loading.load_classifier(
         ClassifierSource(
-            model=settings.model,
+            model=name,
             weights=weights,
             classes=settings.classes,
             channels=settings.channels,
@@ -35,3 +48,20 @@ def load_classifier(settings: Settings) -> Classifier:
             std=settings.std,
         )
     )
+
+
+def load_reconstructor(settings: Settings) -> Reconstructor:
+    """The reconstructor that the settings name, in evaluation mode, on the CPU.
+
+    Raises:
+        ModelError: unknown architecture, missing or unreadable weights, weights that do not fit, or a setting that only
+            a classifier has.
+    """
+    name = settings.model_name
+    check_reconstructor(name)
+    for option in _OF_CLASSIFIERS:
+        if getattr(settings, option) is not None:
+            raise ModelError(f"--{option.replace('_', '-')} is for classifiers: a reconstructor's weights say it all")
+    if not settings.weights:
+        raise ModelError(f"'{name}' needs --weights FILE: 'oracle-server train-reconstructor' makes one")
+    return loading.load_reconstructor(Path(settings.weights), name)

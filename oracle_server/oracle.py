@@ -1,7 +1,8 @@
-"""The oracle: images in, logits out. It knows nothing of clients, budgets or HTTP."""
+"""The oracle: images in, answers out. It knows nothing of clients, budgets or HTTP."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,22 +12,28 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from oracle_server.engines import build_engine
-from oracle_server.loading import Classifier, load_classifier
+from oracle_server.loading import Reconstructor, load_model
 from oracle_server.rows import Float32, Rows
 from oracle_server.settings import Settings
+from shared.measurements import Measurement
+from shared.wire import protocol
 from shared.wire.errors import MalformedRequest, UnacceptableValues
 
 _LANES = 2  # measured on 2 cores, ResNet-20: see docs/results/performance.md
 
 
 class Oracle:
-    """Answers images [n, c, h, w] with logits [n, k].
+    """Answers images [n, c, h, w] with flat rows [n, k]: a classifier's k logits, or the k = c h w pixels that a
+    reconstructor makes of a back-projection.
 
     Attributes:
         image_shape: (c, h, w) of the images it reads.
-        classes: k, the number of logits.
+        classes: k, the number of values of an answer.
         block: rows that are made and computed at once, at most.
         lanes: blocks that may be computed at a time.
+        measurement: what a reconstructor's images are back-projections of; None for a classifier.
+        task: what it does.
+        output_shape: of one row's answer where it leaves the server: (k,), or (c, h, w).
     """
 
     def __init__(
@@ -36,11 +43,29 @@ class Oracle:
         classes: int,
         block: int = 256,
         lanes: int = 1,
+        measurement: Measurement | None = None,
     ) -> None:
         self.image_shape = image_shape
         self.classes = classes
         self.block, self.lanes = block, lanes
+        self.measurement = measurement
+        self.task: protocol.Task = "classification" if measurement is None else "reconstruction"
+        self.output_shape: tuple[int, ...] = (classes,) if measurement is None else image_shape
         self._engine = engine
+
+    @property
+    def output_name(self) -> str:
+        """What its answers are called on the wire."""
+        return protocol.OUTPUT_NAMES[self.task]
+
+    def announced(self) -> dict[str, Any]:
+        """Parameters for the model's metadata: the public physics of a reconstructor; none for a classifier."""
+        if self.measurement is None:
+            return {}
+        return {
+            protocol.TASK_PARAMETER: self.task,
+            protocol.MEASUREMENT_PARAMETER: self.measurement.model_dump(),
+        }
 
     def check(self, images: NDArray[Any]) -> None:
         """Refuse what cannot be answered; whoever charges does so after this.
@@ -63,29 +88,32 @@ class Oracle:
             raise _unacceptable(images)
 
     def __call__(self, rows: Rows) -> Float32:
-        """Logits float32 [n, k] of rows whose images pass `check`."""
+        """Answers float32 [n, k] to rows whose images pass `check`."""
         starts = range(0, len(rows), self.block)
         return np.concatenate(
             [self.predict(rows.images(start, min(start + self.block, len(rows)))) for start in starts]
         )
 
     def predict(self, images: Float32) -> Float32:
-        """Logits float32 [n, k] of images [n, c, h, w] that pass `check`; n at most `block`."""
+        """Answers float32 [n, k] to images [n, c, h, w] that pass `check`; n at most `block`."""
         # torch only reads, but warns of arrays that it could not write to, such as views of a request's bytes.
         writable = images if images.flags.writeable and images.flags.aligned else images.copy()
-        logits: Float32 = self._engine(torch.from_numpy(writable)).numpy()
-        return logits
+        answers: Float32 = self._engine(torch.from_numpy(writable)).numpy()
+        return answers
 
 
 def build_oracle(settings: Settings) -> Oracle:
     """The oracle that the settings describe.
 
     Raises:
-        ModelError: the classifier cannot be loaded, or the device is not there.
+        ModelError: the model cannot be loaded, or the device is not there.
     """
-    classifier: Classifier = load_classifier(settings)
-    engine = build_engine(classifier, settings)
-    return Oracle(engine, classifier.image_shape, classifier.classes, engine.block, _LANES)
+    model = load_model(settings)
+    engine = build_engine(model, settings)
+    if isinstance(model, Reconstructor):
+        pixels = math.prod(model.image_shape)
+        return Oracle(engine, model.image_shape, pixels, engine.block, _LANES, model.measurement)
+    return Oracle(engine, model.image_shape, model.classes, engine.block, _LANES)
 
 
 def _unacceptable(images: Float32) -> UnacceptableValues:

@@ -1,6 +1,7 @@
 """The routes: Open Inference Protocol v2, and beside it the caller's own account and the metrics.
 
-What a route may tell of the classifier is the shape of its inputs and outputs, and nothing else.
+What a route may tell of the model is the shape of its inputs and outputs, and of a reconstructor how its images are
+measured, which is public; nothing else.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ async def repository_index(service: Parts) -> list[dict[str, str]]:
 
 
 @versioned.get("", include_in_schema=False)
-@unversioned.get("", summary="Names and shapes of the classifier's input and output", tags=["model"])
+@unversioned.get("", summary="Names and shapes of the model's input and output", tags=["model"])
 async def model_metadata(service: Parts) -> protocol.ModelMetadata:
     oracle, settings = service.oracle, service.settings
     return protocol.ModelMetadata(
@@ -113,10 +114,11 @@ async def model_metadata(service: Parts) -> protocol.ModelMetadata:
         versions=(protocol.MODEL_VERSION,),
         platform="opaque",
         inputs=(protocol.TensorMetadata(name=protocol.INPUT_NAME, datatype="FP32", shape=(-1, *oracle.image_shape)),),
-        outputs=(protocol.TensorMetadata(name=protocol.OUTPUT_NAME, datatype="FP32", shape=(-1, oracle.classes)),),
+        outputs=(protocol.TensorMetadata(name=oracle.output_name, datatype="FP32", shape=(-1, *oracle.output_shape)),),
         parameters={
             **service.policy.announced(),
             **service.decoders.announced(),
+            **oracle.announced(),
             "max_body_bytes": settings.max_body_bytes,
             protocol.FACTORED_PARAMETER: True,
         },
@@ -124,7 +126,7 @@ async def model_metadata(service: Parts) -> protocol.ModelMetadata:
 
 
 @versioned.get("/ready", include_in_schema=False)
-@unversioned.get("/ready", summary="Whether the classifier is ready; 503 while draining or down", tags=["model"])
+@unversioned.get("/ready", summary="Whether the model is ready; 503 while draining or down", tags=["model"])
 async def model_ready(service: Parts) -> dict[str, bool]:
     service.gate.check()
     service.policy.check_ready()

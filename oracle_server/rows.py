@@ -14,7 +14,7 @@ Float32 = NDArray[np.float32]
 
 
 class Rows(Protocol):
-    """The n rows of one request, in the order in which their logits are answered."""
+    """The n rows of one request, in the order in which they are answered."""
 
     def __len__(self) -> int:
         """n, which is what the request costs in queries."""
@@ -28,8 +28,8 @@ class Rows(Protocol):
             UnacceptableValues: a row that can only be found out to be unacceptable when it is made.
         """
 
-    def arrange(self, logits: Float32) -> Float32:
-        """Logits [n, k] of the rows in the shape that the request is answered in."""
+    def arrange(self, answers: Float32) -> Float32:
+        """Answers [n, k] to the rows in the shape that the request is answered in; the last axis stays k."""
 
 
 class DenseRows:
@@ -44,5 +44,5 @@ class DenseRows:
     def images(self, start: int, stop: int) -> Float32:
         return self._images[start:stop]
 
-    def arrange(self, logits: Float32) -> Float32:
-        return logits
+    def arrange(self, answers: Float32) -> Float32:
+        return answers

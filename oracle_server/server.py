@@ -121,7 +121,7 @@ def serve(settings: Settings, announce: Callable[[str], None]) -> None:
     bound, url = listen(settings.host, settings.port, "https" if settings.tls_cert else "http")
     with bound:
         app = create_app(settings)
-        log.info("serving '%s' on %s, ledger %s", settings.model, url, settings.ledger)
+        log.info("serving '%s' on %s, ledger %s", settings.model_name, url, settings.ledger)
         if settings.policy is not None:
             log.info("policy %s", settings.policy)
         make_server(app, settings, lambda: announce(url)).run(sockets=[bound])

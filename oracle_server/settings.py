@@ -8,7 +8,10 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveFloat, PositiveInt
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from shared.wire.protocol import Task
+
 KIB, MIB = 2**10, 2**20
+USUAL_MODELS: dict[Task, str] = {"classification": "digits-cnn", "reconstruction": "small-reconstructor"}
 
 
 class Settings(BaseSettings):
@@ -16,9 +19,11 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="ORACLE_", frozen=True, extra="ignore")
 
-    # The classifier
-    model: str = "digits-cnn"
+    # The model
+    task: Task = "classification"
+    model: str | None = None  # by default the task's: see `model_name`
     weights: str | None = None  # a file, or the name of torchvision's own weights
+    # What a classifier's weights do not say
     classes: PositiveInt | None = None
     channels: PositiveInt | None = None
     image_size: PositiveInt | None = None
@@ -77,3 +82,8 @@ class Settings(BaseSettings):
 
     # What a real service does: see docs/policy.md
     policy: Path | None = None
+
+    @property
+    def model_name(self) -> str:
+        """The architecture that is served."""
+        return self.model or USUAL_MODELS[self.task]

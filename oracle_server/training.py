@@ -6,18 +6,16 @@ Gaussian augmentation: Cohen, Rosenfeld and Kolter, "Certified Adversarial Robus
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from oracle_server.cpus import usable_cpus
+from oracle_server.fitting import EVALUATION_BATCH, Schedule, fit, keep_best
 from shared import datasets
 from shared.augmentation import Augmentation, augment
 from shared.datasets import DatasetError, ImageSet
@@ -25,8 +23,6 @@ from shared.models.architectures import build
 from shared.models.classifiers import Normalize
 from shared.models.loading import ClassifierSource, load_classifier
 from shared.models.weight_files import ModelError, WeightsInfo, write_weights
-
-_EVALUATION_BATCH = 512
 
 
 @dataclass(frozen=True)
@@ -84,18 +80,24 @@ def train_classifier(plan: TrainingPlan, say: Callable[[str], None]) -> Training
     network, mean, std = _start(plan, train)
     module = nn.Sequential(Normalize(mean, std), network)
     generator = torch.Generator().manual_seed(plan.seed)
-    best_accuracy, best_epoch, best_state = -1.0, 0, network.state_dict()
-    for epoch, loss in _epochs(module, train, plan, generator):
-        accuracy = _accuracy(module, validation, plan)
-        if accuracy > best_accuracy:
-            best_accuracy, best_epoch = accuracy, epoch
-            best_state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-        if not Console(stderr=True).is_terminal:
-            say(f"epoch {epoch}/{plan.epochs}  loss {loss:.4f}  validation accuracy {accuracy:.4f}")
-    network.load_state_dict(best_state)
-    result = TrainingResult(best_epoch, best_accuracy, _accuracy(module, test, plan))
+
+    def loss_of(index: Tensor) -> Tensor:
+        images = augment(train.floats(index), plan.augment, generator)
+        images = _noisy(images, plan.noise_sigma, generator)
+        return F.cross_entropy(module(images), train.labels[index])
+
+    best = keep_best(
+        network,
+        fit(module, len(train), loss_of, Schedule(plan.epochs, plan.batch, plan.lr), generator),
+        lambda: _accuracy(module, validation, plan),
+        lambda epoch, loss, accuracy: say(
+            f"epoch {epoch}/{plan.epochs}  loss {loss:.4f}  validation accuracy {accuracy:.4f}"
+        ),
+    )
+    network.load_state_dict(best.state)
+    result = TrainingResult(best.epoch, best.score, _accuracy(module, test, plan))
     info = WeightsInfo(plan.model, channels, size, whole.classes, mean, std, plan.command or None)
-    write_weights(plan.out, best_state, info)
+    write_weights(plan.out, best.state, info)
     return result
 
 
@@ -111,8 +113,8 @@ def _start(plan: TrainingPlan, train: ImageSet) -> tuple[nn.Module, tuple[float,
             f"{plan.weights} maps images {list(loaded.image_shape)} to {loaded.classes} classes, and the data set has "
             f"{list(train.image_shape)} and {train.classes}"
         )
-    normalize, network = loaded.module
-    mean, std = (tuple(values.flatten().tolist()) for values in (normalize.mean, normalize.std))
+    normalize, network = loaded.module.children()
+    mean, std = (tuple(normalize.get_buffer(name).flatten().tolist()) for name in ("mean", "std"))
     return network.requires_grad_(True), mean, std
 
 
@@ -128,42 +130,13 @@ def _noisy(images: Tensor, sigma: float, generator: torch.Generator) -> Tensor:
     return images + sigma * torch.randn(images.shape, generator=generator) if sigma else images
 
 
-def _epochs(
-    module: nn.Module, train: ImageSet, plan: TrainingPlan, generator: torch.Generator
-) -> Iterator[tuple[int, float]]:
-    """Train epoch by epoch with AdamW and a one-cycle rate; yields (epoch from 1, mean loss) after each."""
-    steps = math.ceil(len(train) / plan.batch)
-    optimizer = torch.optim.AdamW(module.parameters(), lr=plan.lr, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=plan.lr, total_steps=steps * plan.epochs)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("training", total=steps * plan.epochs)
-        for epoch in range(1, plan.epochs + 1):
-            module.train()
-            total = 0.0
-            for index in torch.randperm(len(train), generator=generator).split(plan.batch):
-                images = augment(train.floats(index), plan.augment, generator)
-                images = _noisy(images, plan.noise_sigma, generator)
-                loss = F.cross_entropy(module(images), train.labels[index])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-                total += loss.item() * len(index)
-                progress.advance(task)
-            mean_loss = total / len(train)
-            progress.update(task, description=f"epoch {epoch}  loss {mean_loss:.4f}")
-            yield epoch, mean_loss
-
-
 def _accuracy(module: nn.Module, images: ImageSet, plan: TrainingPlan) -> float:
     """Share of images classified rightly under the plan's noise, the same noise at every call."""
     generator = torch.Generator().manual_seed(plan.seed)
     module.eval()
     right = 0
     with torch.inference_mode():
-        for index in torch.arange(len(images)).split(_EVALUATION_BATCH):
+        for index in torch.arange(len(images)).split(EVALUATION_BATCH):
             logits = module(_noisy(images.floats(index), plan.noise_sigma, generator))
             right += int((logits.argmax(1) == images.labels[index]).sum())
     return right / len(images)

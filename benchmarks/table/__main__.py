@@ -13,7 +13,7 @@ RETRAINING = {
     "smoke": {"digits": ["--epochs", "1"], "*": ["--epochs", "1"]},
     "cpu": {
         "digits": ["--epochs", "30"],
-        "*": ["--epochs", "3", "--lr", "0.001", "--batch", "128", "--augment", "flip", "--validation", "1000"],
+        "*": ["--epochs", "1", "--lr", "0.001", "--batch", "128", "--augment", "flip", "--validation", "1000"],
     },
     "full": {
         "digits": ["--epochs", "60"],
@@ -45,7 +45,11 @@ def options() -> argparse.Namespace:
         "--set", action="append", default=[], dest="settings", metavar="KEY=VALUE", help="In every run."
     )
     parser.add_argument("--serve-options", nargs=argparse.REMAINDER, default=[], help="More of `oracle-server serve`.")
-    return parser.parse_args()
+    found = parser.parse_args()
+    for name in ("out", "data", "weights"):  # other programs read them, elsewhere
+        path = getattr(found, name)
+        setattr(found, name, None if path is None else path.resolve())
+    return found
 
 
 if __name__ == "__main__":

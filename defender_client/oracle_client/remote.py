@@ -10,6 +10,7 @@ Several threads may ask at once. What is asked, under which keys, and what it co
 from __future__ import annotations
 
 import itertools
+import math
 import re
 import threading
 import uuid
@@ -18,7 +19,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import httpx
 import numpy as np
@@ -34,6 +35,7 @@ from defender_client.query_log import QueryLog
 from defender_client.questions import HEADER_BYTES, Images, Question
 from defender_client.recording import Recorder
 from defender_client.request_key import RequestKey
+from shared.measurements import Measurement
 from shared.wire import codec, protocol
 from shared.wire.errors import (
     DecodersNotAllowed,
@@ -54,9 +56,10 @@ _REGISTRATIONS = 3  # of a decoder that the server forgot, for one request
 
 
 class RemoteOracle:
-    """A classifier behind HTTP: images in, logits out, every query charged.
+    """A model behind HTTP: images in, logits out, every query charged.
 
-    Usable wherever a callable from images [n, c, h, w] in [0, 1] to logits [n, k] is.
+    Usable wherever a callable from images [n, c, h, w] in [0, 1] to logits [n, k] is. A reconstructor's answers are its
+    images, flat, [n, c h w]: whatever is said of logits below is true of them.
 
     An oracle whose scores are probabilities (parameter `scores` of its model's metadata) is read as log(max(p, tiny)):
     logits up to a constant of each row. See `OracleInfo.logits`.
@@ -243,7 +246,7 @@ class RemoteOracle:
         return self._encoded(question if fit == len(question) else question.take(0, fit), label)
 
     def _encoded(self, question: Question, label: str) -> _Batch:
-        encoded = question.encode()
+        encoded = question.encode(self.info.output_name)
         return _Batch(str(RequestKey(self.run_id, label, request_key.digest(encoded))), encoded, question)
 
     def _request(self, asked: _Batch, purpose: str) -> NDArray[np.float32]:
@@ -343,13 +346,14 @@ class RemoteOracle:
             answer = codec.decode_response(response.content, json_length)
         except MalformedRequest as error:
             raise UnexpectedAnswer(f"the oracle's answer cannot be read: {error.detail}") from None
-        scores = answer.outputs.get(protocol.OUTPUT_NAME)
-        expected = question.answered(self.info.classes)
+        name = self.info.output_name
+        scores = answer.outputs.get(name)
+        expected = self.info.answered(question.answered(self.info.classes))
         if scores is None or scores.shape != expected:
             shape = None if scores is None else list(scores.shape)
-            raise UnexpectedAnswer(f"expected '{protocol.OUTPUT_NAME}' {list(expected)}, the oracle sent {shape}")
+            raise UnexpectedAnswer(f"expected '{name}' {list(expected)}, the oracle sent {shape}")
         if not np.isfinite(scores).all():
-            raise UnexpectedAnswer(f"the oracle sent '{protocol.OUTPUT_NAME}' that are not finite")
+            raise UnexpectedAnswer(f"the oracle sent '{name}' that are not finite")
         return np.array(scores, dtype=np.float32).reshape(len(question), self.info.classes)
 
     def stop_waiting(self) -> None:
@@ -430,37 +434,56 @@ class _UnderWay:
 
 def _read_info(url: str, metadata: protocol.ModelMetadata) -> OracleInfo:
     inputs = {tensor.name: tensor for tensor in metadata.inputs}
-    outputs = {tensor.name: tensor for tensor in metadata.outputs}
-    image, scores = inputs.get(protocol.INPUT_NAME), outputs.get(protocol.OUTPUT_NAME)
-    if (
-        image is None
-        or scores is None
-        or len(image.shape) != 4
-        or len(scores.shape) != 2
-        or min(*image.shape[1:], scores.shape[1]) < 1
-    ):
-        raise UnexpectedAnswer(
-            f"{url} is not a classifier of this protocol: expected input '{protocol.INPUT_NAME}' "
-            f"[-1, c, h, w] and output '{protocol.OUTPUT_NAME}' [-1, k]"
-        )
+    image = inputs.get(protocol.INPUT_NAME)
+    if image is None or len(image.shape) != 4 or min(image.shape[1:]) < 1:
+        raise _not_ours(url)
     _, c, h, w = image.shape
-    row_limit = _limit(metadata, "max_batch_rows")
+    row_limit = _limit(metadata, protocol.MAX_BATCH_ROWS_PARAMETER)
     rows = row_limit or _DEFAULT_MAX_ROWS
     body = _limit(metadata, "max_body_bytes")
     if body is not None:
         rows = max(1, min(rows, (body - HEADER_BYTES) // max(1, 4 * c * h * w)))
-    kind = metadata.parameters.get("scores", "logits")
-    if kind not in SCORES:
-        raise UnexpectedAnswer(f"{url} answers with {kind!r}, and only {', '.join(SCORES)} can be read here")
     return OracleInfo(
         image_shape=(c, h, w),
-        classes=scores.shape[1],
         max_rows=rows,
-        scores=kind,
         row_limit=row_limit,
         body_limit=body,
         factored=metadata.parameters.get(protocol.FACTORED_PARAMETER) is True,
         decoders=metadata.parameters.get(protocol.DECODERS_PARAMETER) is True,
+        **_read_output(url, metadata),
+    )
+
+
+def _read_output(url: str, metadata: protocol.ModelMetadata) -> dict[str, Any]:
+    """What an answer is, by the name of the output."""
+    outputs = {tensor.name: tensor.shape for tensor in metadata.outputs}
+    scores, images = outputs.get(protocol.OUTPUT_NAME), outputs.get(protocol.RECONSTRUCTION_NAME)
+    if scores is not None and len(scores) == 2 and scores[1] >= 1:
+        kind = metadata.parameters.get(protocol.SCORES_PARAMETER, "logits")
+        if kind not in SCORES:
+            raise UnexpectedAnswer(f"{url} answers with {kind!r}, and only {', '.join(SCORES)} can be read here")
+        return {"classes": scores[1], "scores": kind}
+    if scores is not None or images is None or len(images) != 4 or min(images[1:]) < 1:
+        raise _not_ours(url)
+    try:
+        measurement = Measurement.model_validate(metadata.parameters.get(protocol.MEASUREMENT_PARAMETER))
+    except ValidationError:
+        raise UnexpectedAnswer(
+            f"{url} is a reconstructor and does not say how its images are measured (parameter "
+            f"'{protocol.MEASUREMENT_PARAMETER}' of its metadata: seed, rows, low, high)"
+        ) from None
+    return {
+        "task": "reconstruction",
+        "classes": math.prod(images[1:]),
+        "output_shape": images[1:],
+        "measurement": measurement,
+    }
+
+
+def _not_ours(url: str) -> UnexpectedAnswer:
+    return UnexpectedAnswer(
+        f"{url} is not a model that can be read here: expected input '{protocol.INPUT_NAME}' [-1, c, h, w] and output "
+        f"'{protocol.OUTPUT_NAME}' [-1, k] or '{protocol.RECONSTRUCTION_NAME}' [-1, c, h, w]"
     )
 
 

@@ -1,4 +1,4 @@
-"""How a classifier is computed: images in, logits out. Every engine gives the same answers, some sooner."""
+"""How a model is computed: images in, answers out. Every engine gives the same answers, some sooner."""
 
 from oracle_server.engines.blocks import BlockEngine
 from oracle_server.engines.build import build_engine

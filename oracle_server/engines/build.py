@@ -20,7 +20,7 @@ from oracle_server.engines.engine import Compute, Engine
 from oracle_server.engines.fused import fused
 from oracle_server.engines.ladder import VaryingAnswers
 from oracle_server.engines.onnx import onnxruntime
-from oracle_server.loading import Classifier
+from oracle_server.loading import Classifier, Reconstructor
 from oracle_server.settings import Settings
 from shared.models.weight_files import ModelError
 
@@ -28,19 +28,19 @@ log = logging.getLogger(__name__)
 _MOST_ON = {"cpu": 256, "cuda": 1024}  # rows of the largest block that is tried
 
 
-def build_engine(classifier: Classifier, settings: Settings) -> Engine:
+def build_engine(model: Classifier | Reconstructor, settings: Settings) -> Engine:
     """The engine that the settings ask for.
 
     Raises:
-        ModelError: the device is not there, or the engine asked for cannot compute this classifier here.
+        ModelError: the device is not there, or the engine asked for cannot compute this model here.
     """
     torch.set_num_threads(usable_cpus())
     device = _device(settings)
     arithmetic = Arithmetic(device, _dtype(settings))
     team = device_crew() if device.type == "cuda" else default_crew()
-    makers = _makers(classifier, settings, arithmetic)
+    makers = _makers(model, settings, arithmetic)
     folder = cache.folder_of(settings)
-    key = cache.key_of(classifier.module, classifier.image_shape, settings, device, team.threads)
+    key = cache.key_of(model.module, model.image_shape, settings, device, team.threads)
     known = cache.load(folder, key)
     if known is not None and known.engine in makers:
         try:
@@ -51,7 +51,7 @@ def build_engine(classifier: Classifier, settings: Settings) -> Engine:
             log.info("%s; measured at an earlier start", _said(known, team))
             return engine
     began = time.perf_counter()
-    chosen = _choose(classifier, settings, makers, team, device)
+    chosen = _choose(model, settings, makers, team, device)
     engine = chosen.engine
     measured = cache.Measured(
         engine=engine.name,
@@ -67,16 +67,18 @@ def build_engine(classifier: Classifier, settings: Settings) -> Engine:
     return engine
 
 
-def _makers(classifier: Classifier, settings: Settings, arithmetic: Arithmetic) -> dict[str, Callable[[], Compute]]:
+def _makers(
+    model: Classifier | Reconstructor, settings: Settings, arithmetic: Arithmetic
+) -> dict[str, Callable[[], Compute]]:
     """How to make each engine that the settings allow, the plainest first."""
-    module = classifier.module
+    module = model.module
     makers: dict[str, Callable[[], Compute]] = {
         "eager": functools.partial(eager, module, arithmetic),
         "compile": functools.partial(fused, module, arithmetic),
     }
     if arithmetic == EXACT:
         patient = settings.engine == "onnxruntime"
-        makers["onnxruntime"] = functools.partial(onnxruntime, module, classifier.image_shape, patient=patient)
+        makers["onnxruntime"] = functools.partial(onnxruntime, module, model.image_shape, patient=patient)
     elif settings.engine == "onnxruntime":
         raise ModelError("--engine onnxruntime computes float32 on the CPU: leave out --precision and --device cuda")
     if settings.engine == "auto":
@@ -85,7 +87,7 @@ def _makers(classifier: Classifier, settings: Settings, arithmetic: Arithmetic) 
 
 
 def _choose(
-    classifier: Classifier,
+    model: Classifier | Reconstructor,
     settings: Settings,
     makers: dict[str, Callable[[], Compute]],
     team: Crew,
@@ -94,17 +96,17 @@ def _choose(
     wanted = None if settings.engine == "auto" else settings.engine
     most = settings.engine_block or _MOST_ON[device.type]
     try:
-        return choose(makers, classifier.image_shape, team, most, wanted)
+        return choose(makers, model.image_shape, team, most, wanted)
     except NotACandidate as error:
         raise ModelError(f"--engine {settings.engine}: {error}") from error
     except VaryingAnswers as error:
-        raise ModelError(f"this classifier cannot be served: {error}") from error
+        raise ModelError(f"this model cannot be served: {error}") from error
 
 
 def _said(measured: cache.Measured, team: Crew) -> str:
     rates = ", ".join(f"{name} {rate:,.0f}" for name, rate in measured.rates.items())
     return (
-        f"engine {measured.engine}: images/s {rates}; logits within {measured.difference:.1e} of eager; "
+        f"engine {measured.engine}: images/s {rates}; answers within {measured.difference:.1e} of eager; "
         f"{team.threads} thread(s), blocks of {', '.join(map(str, measured.sizes))} rows, which agree bit for bit "
         f"(any sizes: within {measured.spread:.1e})"
     )
@@ -113,7 +115,7 @@ def _said(measured: cache.Measured, team: Crew) -> str:
 def _dtype(settings: Settings) -> torch.dtype:
     if settings.precision == "bfloat16":
         log.warning(
-            "--precision bfloat16 keeps 8 of float32's 24 significant bits: finite differences of the logits, which "
+            "--precision bfloat16 keeps 8 of float32's 24 significant bits: finite differences of the answers, which "
             "zeroth-order training lives on, lose their digits"
         )
         return torch.bfloat16
@@ -132,7 +134,7 @@ def _device(settings: Settings) -> torch.device:
         # The algorithm for a shape is the same one each time, in each process.
         torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
         if settings.tf32:
-            log.warning("--tf32 keeps 10 of float32's 23 bits: finite differences of the logits lose their digits")
+            log.warning("--tf32 keeps 10 of float32's 23 bits: finite differences of the answers lose their digits")
     elif settings.tf32:
         raise ModelError("--tf32 is CUDA's: the CPU has no such arithmetic")
     return torch.device(name)

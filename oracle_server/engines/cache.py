@@ -29,7 +29,7 @@ _CHOOSING = ("MKL_", "ONEDNN_", "DNNL_", "OMP_", "KMP_", "ORT_", "ATEN_", "TORCH
 
 
 class Measured(BaseModel):
-    """What a start found out. `rates` images a second of each candidate; `difference` max |logit - eager's|."""
+    """What a start found out. `rates` images a second of each candidate; `difference` max |answer - eager's|."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

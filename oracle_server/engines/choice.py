@@ -1,4 +1,4 @@
-"""Which engine: the fastest of those whose float32 logits are eager's to 1e-4, as measured at start."""
+"""Which engine: the fastest of those whose float32 answers are eager's to 1e-4, as measured at start."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _ROUNDS, _ROUND_S, _RACE_S = 5, 0.02, 1.0
 
 @dataclass(frozen=True)
 class Chosen:
-    """`rates`: images a second of every engine measured; `difference`: max |logit - eager's| of the one chosen."""
+    """`rates`: images a second of every engine measured; `difference`: max |answer - eager's| of the one chosen."""
 
     engine: BlockEngine
     rates: dict[str, float]

@@ -12,7 +12,7 @@ Compute = Callable[[Tensor], Tensor]
 
 
 class Engine(Protocol):
-    """Images float32 [n, c, h, w] in [0, 1], on the CPU -> logits float32 [n, k], on the CPU; n >= 1.
+    """Images float32 [n, c, h, w] in [0, 1], on the CPU -> answers float32 [n, k], on the CPU; n >= 1.
 
     `block`: rows that it computes at once, at most; more are cut into so many.
     """

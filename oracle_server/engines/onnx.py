@@ -54,11 +54,11 @@ def onnxruntime(module: nn.Module, shape: Sequence[int], *, patient: bool) -> Co
 def _export(module: nn.Module, shape: Sequence[int], patient: bool) -> bytes:
     example = torch.zeros(2, *shape)
     export: Any = torch.onnx.export  # annotated for paths only, but it writes to files that are open as well
-    names: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"], "verbose": False}
+    names: dict[str, Any] = {"input_names": ["images"], "output_names": ["answers"], "verbose": False}
     file = io.BytesIO()
     with _quiet(), torch.no_grad():
         try:
-            axes = {"images": {0: "n"}, "logits": {0: "n"}}
+            axes = {"images": {0: "n"}, "answers": {0: "n"}}
             export(module, (example,), file, dynamo=False, dynamic_axes=axes, **names)
             return file.getvalue()
         except Exception as error:  # the exporter runs the module's own code: anything may come

@@ -39,7 +39,8 @@ class Answers:
         """The answer [n, k] to n rows whose logits are [n, k] and whose charge has ledger number `seq`.
 
         The same for the same arguments. Without anything to do these are the logits themselves, untouched. A row of
-        logits that are not all finite is answered with NaN: a broken classifier is not to look like a sound one.
+        logits that are not all finite is answered with NaN: a broken classifier is not to look like a sound one. The
+        pixels of a reconstruction are treated as logits are.
         """
         if not self.changes:
             return logits

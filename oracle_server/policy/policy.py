@@ -106,7 +106,7 @@ class Policy:
     def fail_by_chance(self) -> None:
         """Raise `InternalError`, as often as the file says, for an answer that was computed."""
         if self._failures.internal():
-            raise InternalError("the classifier failed on this batch; nothing was charged")
+            raise InternalError("the model failed on this batch; nothing was charged")
 
     async def transform(self, logits: Float32, rows: Rows, seq: int) -> Float32:
         """What is answered: see `Answers.transform`. Done in a thread where there is something to do."""

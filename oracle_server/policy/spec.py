@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 Scores = Literal["logits", "probabilities", "label"]
+Task = Literal["classification", "reconstruction"]  # as the wire has it, of which this module knows nothing
 Probability = Annotated[float, Field(ge=0, le=1)]
 Milliseconds = Annotated[float, Field(ge=0, le=600_000)]
 
@@ -42,7 +43,10 @@ class NoiseSpec(_Section):
 
 
 class AnswerSpec(_Section):
-    """What is told of the logits. `top_k` and `decimals` act on what is returned, logits or probabilities."""
+    """What is told of the logits. `top_k` and `decimals` act on what is returned, logits or probabilities.
+
+    Of a reconstruction, `noise` and `decimals` act on its pixels, and the others mean nothing.
+    """
 
     scores: Scores = "logits"
     noise: NoiseSpec | None = None
@@ -125,6 +129,7 @@ class PolicySpec(_Section):
     downtime: Annotated[tuple[DowntimeSpec, ...], Field(strict=False)] = ()
 
 
+_OF_CLASS_SCORES = ("scores", "temperature", "top_k")
 _SECTIONS: dict[str, type[_Section]] = {
     "": PolicySpec,
     "answers.": AnswerSpec,
@@ -136,11 +141,11 @@ _SECTIONS: dict[str, type[_Section]] = {
 }
 
 
-def load_policy(path: Path | None) -> PolicySpec:
+def load_policy(path: Path | None, task: Task = "classification") -> PolicySpec:
     """The policy in a file; the empty one for None.
 
     Raises:
-        PolicyError: the file cannot be read, is not TOML, or holds what no policy has.
+        PolicyError: the file cannot be read, is not TOML, holds what no policy has, or what this task cannot have.
     """
     if path is None:
         return PolicySpec()
@@ -151,11 +156,18 @@ def load_policy(path: Path | None) -> PolicySpec:
     except UnicodeDecodeError:
         raise PolicyError(f"the policy {path} is not text in UTF-8") from None
     try:
-        return PolicySpec.model_validate(tomllib.loads(text))
+        spec = PolicySpec.model_validate(tomllib.loads(text))
     except tomllib.TOMLDecodeError as error:
         raise PolicyError(f"the policy {path} is not TOML: {error}") from None
     except ValidationError as error:
         raise PolicyError(f"the policy {path}: {_first_mistake(error)}") from None
+    idle = [name for name in _OF_CLASS_SCORES if getattr(spec.answers, name) != AnswerSpec.model_fields[name].default]
+    if task == "reconstruction" and idle:
+        raise PolicyError(
+            f"the policy {path}: {' and '.join(f'answers.{name}' for name in idle)} change scores of classes, and "
+            "--task reconstruction answers with images: leave them out"
+        )
+    return spec
 
 
 def _first_mistake(error: ValidationError) -> str:

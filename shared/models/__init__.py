@@ -1,1 +1,1 @@
-"""nn.Modules that both programs must build alike: classifiers and the autoencoder."""
+"""nn.Modules that both programs must build alike: classifiers, reconstructors and the autoencoder."""

@@ -11,6 +11,7 @@ import torchvision
 from torch import nn
 
 from shared.models.classifiers import CIFAR_DEPTHS, SMALL_CNNS, build_own
+from shared.models.reconstructors import RECONSTRUCTORS
 from shared.models.weight_files import ModelError
 
 # The usual normalisation of the CIFAR ResNets that circulate: ImageNet's numbers, although the images are CIFAR's.
@@ -73,6 +74,8 @@ def check_name(name: str) -> None:
     known = [*_OWN, *torchvision.models.list_models(module=torchvision.models)]
     if name in known:
         return
+    if name in RECONSTRUCTORS:
+        raise ModelError(f"'{name}' is a reconstructor: it is for --task reconstruction")
     close = difflib.get_close_matches(name, known, n=3)
     hint = f"did you mean {', '.join(close)}?" if close else f"ours are {', '.join(_OWN)}; the others torchvision's"
     raise ModelError(f"no classifier is called '{name}': {hint}")

@@ -1,6 +1,7 @@
-"""A classifier from its weights: an architecture by name, made ready to be asked about images in [0, 1].
+"""A model from its weights: an architecture by name, made ready to be asked about images in [0, 1].
 
-Both programs build classifiers here: the oracle the one it hides, and a defender with a white box its own copy.
+Both programs build classifiers and reconstructors here: the oracle the one it hides, and a defender with a white box
+its own copy.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from shared.measurements import Measurement
 from shared.models.architectures import build, check_name, usual
 from shared.models.classifiers import CIFAR_DEPTHS, SMALL_CNNS, Normalize
+from shared.models.reconstructors import RECONSTRUCTORS, build_reconstructor, check_reconstructor
 from shared.models.weight_files import ModelError, WeightsInfo, read_weights
 
 _SHOWN = 3
@@ -48,6 +51,16 @@ class Classifier:
     classes: int
 
 
+@dataclass(frozen=True)
+class Reconstructor:
+    """A reconstructor ready to be queried: `module` maps back-projections [b, *image_shape] in [0, 1] to images as flat
+    rows [b, c h w] in [0, 1]; `measurement` says what it is given the back-projections of."""
+
+    module: nn.Module
+    image_shape: tuple[int, int, int]
+    measurement: Measurement
+
+
 def load_classifier(source: ClassifierSource) -> Classifier:
     """The classifier of a source, normalisation included, in evaluation mode, on the CPU.
 
@@ -59,6 +72,8 @@ def load_classifier(source: ClassifierSource) -> Classifier:
     if source.model is not None:
         check_name(source.model)
     state, info = _read(source)
+    if info.model in RECONSTRUCTORS:
+        raise ModelError(f"{source.weights} holds a reconstructor: it is for --task reconstruction")
     model = source.model or info.model
     if model is None:
         raise ModelError(f"{source.weights} does not say which architecture its weights are of: name the model")
@@ -80,6 +95,34 @@ def load_classifier(source: ClassifierSource) -> Classifier:
     classifier = Classifier(module, (channels, size, size), classes)
     _try(classifier, model)
     return classifier
+
+
+def load_reconstructor(weights: Path, model: str | None = None) -> Reconstructor:
+    """The reconstructor in a weights file, in evaluation mode, on the CPU.
+
+    Args:
+        weights: what `oracle-server train-reconstructor` wrote.
+        model: the architecture's name; None as the file says.
+
+    Raises:
+        ModelError: unknown architecture, missing or unreadable weights, weights that do not fit, or a file that does
+            not say how its images are measured.
+    """
+    if model is not None:
+        check_reconstructor(model)
+    state, info = read_weights(weights)
+    if info.model is not None and info.model not in RECONSTRUCTORS:
+        raise ModelError(f"{weights} holds the classifier '{info.model}': it is for --task classification")
+    model = model or info.model
+    if model is None or info.image_shape is None or info.measurement is None:
+        raise ModelError(
+            f"{weights} does not say which images its reconstructor makes, and of which measurements: give a file that "
+            "'oracle-server train-reconstructor' wrote"
+        )
+    network = build_reconstructor(model, info.image_shape[0])
+    fill(network, state)
+    module = nn.Sequential(network, nn.Flatten()).eval().requires_grad_(False)
+    return Reconstructor(module, info.image_shape, info.measurement)
 
 
 def _read(source: ClassifierSource) -> tuple[dict[str, Tensor], WeightsInfo]:

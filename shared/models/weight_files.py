@@ -14,20 +14,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from shared.measurements import Measurement
+
 
 class ModelError(ValueError):
-    """The classifier cannot be built or loaded as asked; the message says what to change."""
+    """The model cannot be built or loaded as asked; the message says what to change."""
 
 
 @dataclass(frozen=True)
 class WeightsInfo:
     """What a weights file says about itself; None where it says nothing.
 
-    `mean` and `std` are per channel, of images in [0, 1]; `image_size` is the side in pixels.
+    `mean` and `std` are per channel, of images in [0, 1]; `image_size` is the side in pixels. A reconstructor's file
+    says `image_shape`, (c, h, w), and `measurement`, what its images are back-projections of.
     """
 
     model: str | None = None
@@ -37,10 +41,12 @@ class WeightsInfo:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     command: str | None = None
+    image_shape: tuple[int, int, int] | None = None
+    measurement: Measurement | None = None
 
     def header(self) -> dict[str, str]:
         """As safetensors keeps it: text by name, values in JSON."""
-        return {name: json.dumps(value) for name, value in asdict(self).items() if value is not None}
+        return {name: json.dumps(value, default=_fields) for name, value in asdict(self).items() if value is not None}
 
     @staticmethod
     def from_header(header: Mapping[str, str]) -> WeightsInfo:
@@ -59,10 +65,25 @@ class WeightsInfo:
                     value = tuple(float(x) for x in value)
                 elif field.name in ("channels", "image_size", "classes"):
                     value = int(value)
+                elif field.name == "image_shape":
+                    value = _image_shape(value)
+                elif field.name == "measurement":
+                    value = Measurement.model_validate(value)
             except (TypeError, ValueError):
                 raise ModelError(f"the weights' header has a '{field.name}' that cannot be read") from None
             values[field.name] = value
         return WeightsInfo(**values)
+
+
+def _fields(value: BaseModel) -> dict[str, Any]:
+    return value.model_dump()
+
+
+def _image_shape(value: Any) -> tuple[int, int, int]:
+    channels, height, width = (int(x) for x in value)
+    if min(channels, height, width) < 1:
+        raise ValueError
+    return channels, height, width
 
 
 def write_weights(path: Path, state: Mapping[str, Tensor], info: WeightsInfo) -> None:

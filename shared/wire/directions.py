@@ -27,7 +27,10 @@ Float32 = NDArray[np.float32]
 MAX_DIMENSION = 448_000
 """Up to it the sum of squares is exact in float64 in whatever order it is taken: d (4.325 * 2^15)^2 < 2^53."""
 
-_LEVELS, _SCALE = 2**16, 2**15
+SCALE = 2**15
+"""What a normal quantile is multiplied by before it is rounded."""
+
+_LEVELS = 2**16
 _WORDS = 16  # 16-bit words in a block of Philox4x64
 
 
@@ -55,16 +58,16 @@ def unit_directions(seed: int, start: int, stop: int, dimension: int) -> Float32
     stream = np.random.Philox(key=seed, counter=start * blocks)
     raw = stream.random_raw((stop - start) * blocks * _WORDS // 4)
     words = raw.astype("<u8", copy=False).view("<u2").reshape(stop - start, blocks * _WORDS)[:, :dimension]
-    normal = _quantiles().take(words)
+    normal = normal_quantiles().take(words)
     normal /= np.sqrt(np.einsum("ij,ij->i", normal, normal))[:, None]
     return normal.astype(np.float32)
 
 
 @cache
-def _quantiles() -> NDArray[np.float64]:
-    """The 65,536 values of t, whole numbers."""
+def normal_quantiles() -> NDArray[np.float64]:
+    """The 65,536 values of t, whole numbers, by the word; not to be written to."""
     normal = NormalDist()
-    upper = [round(_SCALE * normal.inv_cdf((level + 0.5) / _LEVELS)) for level in range(_LEVELS // 2, _LEVELS)]
+    upper = [round(SCALE * normal.inv_cdf((level + 0.5) / _LEVELS)) for level in range(_LEVELS // 2, _LEVELS)]
     # Mirrored and not computed twice: E[u] = 0 is to hold to the bit.
     table = np.array([-value for value in reversed(upper)] + upper, np.float64)
     table.flags.writeable = False

@@ -6,7 +6,7 @@ Source: the Open Inference Protocol specification (KServe / Triton), "Inference 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -14,7 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field
 MODEL_NAME: Final = "classifier"
 MODEL_VERSION: Final = "1"
 INPUT_NAME: Final = "images"
-OUTPUT_NAME: Final = "logits"
+OUTPUT_NAME: Final = "logits"  # a classifier's
+RECONSTRUCTION_NAME: Final = "reconstruction"  # a reconstructor's
 LATENTS_NAME: Final = "latents"  # an input instead of images, of a registered decoder
 BINARY_EXTENSION: Final = "binary_tensor_data"
 
@@ -40,6 +41,9 @@ METADATA_ROUTE: Final = f"/v2/models/{MODEL_NAME}"
 # Parameters in the model's metadata: most rows of a batch; what an answer holds where it is not logits.
 MAX_BATCH_ROWS_PARAMETER: Final = "max_batch_rows"
 SCORES_PARAMETER: Final = "scores"
+# Where the model is a reconstructor: that it is one, and how its images are measured (`shared.measurements`).
+TASK_PARAMETER: Final = "task"
+MEASUREMENT_PARAMETER: Final = "measurement"
 # And where decoders may be registered: that they may, and within which limits.
 DECODERS_PARAMETER: Final = "decoders"
 MAX_DECODER_BYTES_PARAMETER: Final = "max_decoder_bytes"
@@ -73,6 +77,10 @@ DATATYPES: Final[dict[str, np.dtype[Any]]] = {
     "FP64": np.dtype("<f8"),
     "BF16": np.dtype("<u2"),
 }
+
+Task = Literal["classification", "reconstruction"]
+# What the one output is called. The model's own name does not depend on it.
+OUTPUT_NAMES: Final[dict[Task, str]] = {"classification": OUTPUT_NAME, "reconstruction": RECONSTRUCTION_NAME}
 
 Dimension = Annotated[int, Field(ge=0, le=2**31 - 1, strict=True)]
 

@@ -69,10 +69,11 @@ class Caller:
         return answer
 
 
-def logits_of(response: httpx.Response) -> np.ndarray:
+def logits_of(response: httpx.Response, output: str = protocol.OUTPUT_NAME) -> np.ndarray:
+    """The answer, which a reconstructor calls otherwise."""
     assert response.status_code == 200, response.text
     length = response.headers.get(protocol.JSON_LENGTH_HEADER)
-    return codec.decode_response(response.content, int(length) if length else None).outputs["logits"]
+    return codec.decode_response(response.content, int(length) if length else None).outputs[output]
 
 
 def refused(response: httpx.Response, status: int, code: str) -> dict[str, object]:

@@ -7,22 +7,11 @@ import math
 
 import numpy as np
 import pytest
+from philox_support import MASK, philox4x64
 from scipy.special import ndtri
 from scipy.stats import kstest
 
 from shared.wire.directions import MAX_DIMENSION, unit_directions
-
-_MASK = 2**64 - 1
-
-
-def philox4x64(counter: list[int], key: list[int]) -> list[int]:
-    """Philox4x64-10 (Salmon et al., SC 2011, section 3.3)."""
-    for _ in range(10):
-        high0, low0 = divmod(counter[0] * 0xD2E7470EE14C6C93, 2**64)
-        high1, low1 = divmod(counter[2] * 0xCA5A826395121157, 2**64)
-        counter = [high1 ^ counter[1] ^ key[0], low1, high0 ^ counter[3] ^ key[1], low0]
-        key = [(key[0] + 0x9E3779B97F4A7C15) & _MASK, (key[1] + 0xBB67AE8584CAA73B) & _MASK]
-    return counter
 
 
 def direction(seed: int, number: int, d: int) -> list[float]:
@@ -41,7 +30,7 @@ def test_the_reference_is_philox() -> None:
     assert philox4x64([0] * 4, [0] * 2) == [
         0x16554D9ECA36314C, 0xDB20FE9D672D0FDC, 0xD7E772CEE186176B, 0x7E68B68AEC7BA23B,
     ]  # fmt: skip
-    assert philox4x64([_MASK] * 4, [_MASK] * 2) == [
+    assert philox4x64([MASK] * 4, [MASK] * 2) == [
         0x87B092C3013FE90B, 0x438C3C67BE8D0224, 0x9CC7D7C69CD777B6, 0xA09CAEBF594F0BA0,
     ]  # fmt: skip
 
