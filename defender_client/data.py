@@ -32,7 +32,7 @@ def load_splits(config: DataConfig, data: Path | None, seed: int) -> Splits:
 
 
 def load_test(config: DataConfig, data: Path | None) -> ImageSet:
-    """The test set; used for certification only."""
+    """The test set; used for certification and attacks only."""
     return datasets.load(config.dataset, data, "test", image_size=config.image_size)
 
 

@@ -216,6 +216,7 @@ def attack_job(
     stack = stacks.load(run / STACK_FILE)
     spec = stack.spec
     shape, k = spec.image_shape, spec.classes
+    stacks.check_matches(spec, stacks.specify(config, shape, k), run / STACK_FILE)
     copy = load_whitebox(whitebox, shape, k, config.task) if whitebox is not None else None
     settings = configs.attack_settings(config, run, {**changes, "whitebox": copy.digest if copy is not None else None})
     if config.task == "reconstruction" and settings.method != "pgd":
@@ -224,8 +225,8 @@ def attack_job(
     path = run / f"{settings.name}.tsv"
     known = reconstruction_attacks.read(path) if config.task == "reconstruction" else attacks.read(path)
     with _session(run, source) as oracle:
-        check_fit(test, oracle.info.image_shape)
         check_task(config, oracle.info)
+        check_fit(test, oracle.info.image_shape)
         planned = plan_attack(settings, run, len(test), [row.idx for row in known], oracle)
         announce(planned)
         planned.check()
