@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from defender_client import attack as attacks
 from defender_client import attack_reconstruction as reconstruction_attacks
@@ -194,7 +194,7 @@ class Attacked:
     def summary(self) -> attacks.Summary | reconstruction_attacks.Summary:
         """What all rows say, of a classifier or of a reconstructor."""
         if self.rows and isinstance(self.rows[0], reconstruction_attacks.Row):
-            return reconstruction_attacks.summary(cast("list[reconstruction_attacks.Row]", self.rows))
+            return reconstruction_attacks.summary(self.rows)
         rows: list[Any] = self.rows
         return attacks.summary(rows)
 
