@@ -155,7 +155,8 @@ def _column(options: argparse.Namespace, column: Column, weights: Path, oracle: 
     for route in routes:
         changes = {"through": route, "epsilon": options.epsilon, "steps": options.steps, "images": options.images}
         done = jobs.attack_job(run, options.data, source, changes | {"copies": copies}, box, lambda _: None)
-        found = attack_reconstruction.summary(attack_reconstruction.read(done.path))
+        rows = [row for row in attack_reconstruction.read(done.path) if row.idx < options.images]
+        found = attack_reconstruction.summary(rows)
         clean = (found.rmse or 0.0, found.ssim or 0.0)
         attacked[route] = (found.attacked_rmse or 0.0, found.attacked_ssim or 0.0)
     with source.connect() as remote:

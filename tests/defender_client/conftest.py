@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from defender_support import MAX_ROWS, Trained, certify_here, tiny, train_here
 from oracle_support import Caller, Running, running
+from reconstruction_support import write_reconstructor
 from torch import nn
 
 from defender_client.oracle_client import RemoteOracle
+from defender_client.whitebox import WhiteBoxSource, load_whitebox
 from oracle_server.loading import load_classifier
 from oracle_server.settings import Settings
 
@@ -47,3 +50,33 @@ def trained(server: Running, tmp_path_factory: pytest.TempPathFactory) -> Traine
     train_here(config, run, server.url, caller.key)
     certify_here(config, run, server.url, caller.key)
     return Trained(run, config, caller)
+
+
+# --- an oracle that hides a reconstructor -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The weights of the reconstructor."""
+    return write_reconstructor(tmp_path_factory.mktemp("weights") / "reconstructor.safetensors")
+
+
+@pytest.fixture(scope="session")
+def reconstructing(tmp_path_factory: pytest.TempPathFactory, weights: Path) -> Iterator[Running]:
+    """The reconstructor, live."""
+    ledger = tmp_path_factory.mktemp("oracle") / "ledger.db"
+    settings = Settings(ledger=str(ledger), task="reconstruction", weights=str(weights), allow_decoders=True)
+    with running(settings) as started:
+        yield started
+
+
+@pytest.fixture
+def payer(reconstructing: Running) -> Caller:
+    """A client of it with plenty of queries."""
+    return reconstructing.caller(10**6)
+
+
+@pytest.fixture(scope="session")
+def reconstructor(weights: Path) -> nn.Module:
+    """A copy of it: images [n, 1, 8, 8] -> flat images [n, 64]."""
+    return load_whitebox(WhiteBoxSource(weights), (1, 8, 8), 64, "reconstruction").module

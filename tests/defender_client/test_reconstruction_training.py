@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from defender_support import PIXELS, same_tensors, spent, spent_by_purpose, tiny
-from oracle_support import Caller, Running, running
+from oracle_support import Caller, Running
+from reconstruction_support import MEASUREMENT
 from torch import nn
 from torch.nn import functional as F
 
@@ -23,41 +23,10 @@ from defender_client.measured import MeasuredSet, measure, measure_splits
 from defender_client.sources import LiveOracle
 from defender_client.train import CURVE_FILE, STACK_FILE
 from defender_client.whitebox import WhiteBoxSource, load_whitebox
-from oracle_server.settings import Settings
-from shared.measurements import BackProjection, Measurement
+from shared.measurements import BackProjection
 from shared.models.reconstructors import SmallReconstructor
-from shared.models.weight_files import WeightsInfo, write_weights
 
-MEASUREMENT = Measurement(seed=3, rows=47, low=-1.5, high=2.5)
 RECON = ("task=reconstruction", "train.epochs=3")
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A reconstructor that was never trained: images in, images out."""
-    path = tmp_path_factory.mktemp("weights") / "reconstructor.safetensors"
-    torch.manual_seed(0)
-    info = WeightsInfo(model="small-reconstructor", image_shape=(1, 8, 8), measurement=MEASUREMENT)
-    write_weights(path, SmallReconstructor().eval().state_dict(), info)
-    return path
-
-
-@pytest.fixture(scope="module")
-def reconstructing(tmp_path_factory: pytest.TempPathFactory, weights: Path) -> Iterator[Running]:
-    ledger = tmp_path_factory.mktemp("oracle") / "ledger.db"
-    settings = Settings(ledger=str(ledger), task="reconstruction", weights=str(weights), allow_decoders=True)
-    with running(settings) as started:
-        yield started
-
-
-@pytest.fixture
-def payer(reconstructing: Running) -> Caller:
-    return reconstructing.caller(10**6)
-
-
-@pytest.fixture(scope="module")
-def reconstructor(weights: Path) -> nn.Module:
-    return load_whitebox(WhiteBoxSource(weights), (1, 8, 8), 64, "reconstruction").module
 
 
 def train(server: Running, payer: Caller, run: Path, folder: Path, *settings: str, box: Path | None = None) -> None:
