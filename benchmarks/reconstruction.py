@@ -128,6 +128,7 @@ def _column(options: argparse.Namespace, column: Column, weights: Path, oracle: 
     from defender_client.audit import audit
     from defender_client.progress import console
     from defender_client.report import read_run
+    from defender_client.run_directory import locked
     from defender_client.whitebox import WhiteBoxSource
 
     assert isinstance(oracle, TableOracle)
@@ -140,7 +141,9 @@ def _column(options: argparse.Namespace, column: Column, weights: Path, oracle: 
     settings = [f"data.dataset={options.dataset}", f"seed={options.seed}"]
     scale = "full" if column.undefended and options.scale == "full" else options.scale
     config = configs.load_preset(column.preset, settings, scale)
-    source, box = oracle.client(column.preset), WhiteBoxSource(weights)
+    with locked(run) as run_id:
+        client = f"{column.preset}-{run_id[:8]}"
+    source, box = oracle.client(client), WhiteBoxSource(weights)
     copies = 0 if column.undefended else options.copies  # the undefended one is asked as it is
     # Each image costs its clean and its attacked answer, for each route; the undefended one has one route.
     routes = ROUTES[:1] if column.undefended else ROUTES
@@ -148,7 +151,7 @@ def _column(options: argparse.Namespace, column: Column, weights: Path, oracle: 
     with source.connect() as remote:
         statement = remote.budget()
     spent = statement.spent if statement is not None else 0
-    oracle.grant(column.preset, spent + planned.to_train + len(routes) * 2 * max(1, copies) * options.images)
+    oracle.grant(client, spent + planned.to_train + len(routes) * 2 * max(1, copies) * options.images)
     whitebox = box if config.estimator.name == "fo" else None
     jobs.train_job(config, run, options.data, source, lambda _: None, whitebox)
     attacked, clean = {}, (0.0, 0.0)

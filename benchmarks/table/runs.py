@@ -23,6 +23,7 @@ from defender_client.config import RunConfig
 from defender_client.pretrain import PRETRAINED_FILE
 from defender_client.progress import console
 from defender_client.report import read_run
+from defender_client.run_directory import locked
 from defender_client.smoothing import largest_radius
 from defender_client.whitebox import WhiteBoxSource
 
@@ -36,7 +37,7 @@ class Job:
     Attributes:
         config: of the run; its preset names the column.
         run: its directory.
-        client: its client's name.
+        client: its client's name begins with this; a run that is begun anew has a client, and an account, of its own.
         data: directory of the data set's files.
         whitebox: for columns that take gradients.
         pretrained: where pre-trained stacks are kept for all runs that begin alike.
@@ -93,13 +94,15 @@ def make(job: Job, oracle: TableOracle) -> Row:
         return Row(**json.loads(done.read_text(encoding="utf-8")))
     console.print(f"[bold]{job.run.parent.name}/{job.run.name}[/bold] ({job.config.preset})")
     config = job.config
-    source = oracle.client(job.client)
+    with locked(job.run) as run_id:
+        client = f"{job.client}-{run_id[:8]}"
+    source = oracle.client(client)
     _begin_alike(job)
     planned = jobs.plan_job(config, job.run, job.data, source)
     with source.connect() as remote:
         statement = remote.budget()
     spent = statement.spent if statement is not None else 0
-    oracle.grant(job.client, spent + planned.total)
+    oracle.grant(client, spent + planned.total)
     with _timed(job.run, "training"):
         jobs.train_job(config, job.run, job.data, source, lambda _: None, job.whitebox)
     with _timed(job.run, "certification"):
