@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -112,6 +113,11 @@ def test_the_table_over_http_and_again_for_nothing(
         for seeds in values.values():
             seeds["0"].pop("seconds")
     assert again == table
+
+    shutil.rmtree(tmp_path / "runs" / "seed-0" / "zo-ds-rge-q20")  # begun anew: it has an account of its own
+    run("--equal-queries", "1000")
+    assert ledgers(tmp_path).items() > spent.items()
+    assert all(budget == paid > 0 for budget, paid in ledgers(tmp_path).values())
 
 
 def test_queries_that_pay_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
