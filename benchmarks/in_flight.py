@@ -117,7 +117,7 @@ def _step(
     result = estimation.backpropagate(images, labels, "train/0")
     took = 1000 * (time.perf_counter() - start) / options.samples
     gradients = [p.grad.double().sum().item() for p in stack.trainable() if p.grad is not None]
-    return took, (result.loss, result.agreement, result.gradient_norm, *gradients)
+    return took, (result.loss, result.quality, result.gradient_norm, *gradients)
 
 
 def _certification(

@@ -63,8 +63,6 @@ _PARTS = (
     ("encode request", "defender_client.questions:Factored.encode"),
     ("digest request", "defender_client.request_key:digest"),
     ("send, wait, receive", "defender_client.oracle_client.connection:Connection.post"),
-    ("losses", "defender_client.train:cross_entropy"),
-    ("losses", "defender_client.estimation:cross_entropy"),
     ("tell", "defender_client.zo.base:Estimator.tell"),
     ("backward", "torch:Tensor.backward"),
     ("optimizer", "torch.optim:Adam.step"),
@@ -267,16 +265,18 @@ def our_step(
     from dataclasses import replace
 
     from defender_client.labels import oracle_answers
+    from defender_client.objective import STABILITY
     from defender_client.sources import LiveOracle
     from defender_client.train import _Trainer
 
     run = Path(opened.enter_context(tempfile.TemporaryDirectory()))
     oracle: Oracle = opened.enter_context(LiveOracle(options.url, os.environ["ORACLE_API_KEY"]).open(run, run.name))
     watch.attach()
-    labels = oracle_answers(
-        run, oracle, {"train": splits.train, "validation": splits.validation}, config.train.query_rows
-    )
-    trainer = _Trainer(config, run, splits, oracle, stack, labels, config.estimator.mu)
+    sets = {"train": splits.train, "validation": splits.validation}
+    answers = oracle_answers(run, oracle, sets, config.train.query_rows)
+    labels = {name: STABILITY.targets_of(answers[name]) for name in sets}
+    objective = replace(STABILITY, losses=watch.timing("losses", STABILITY.losses))
+    trainer = _Trainer(config, run, splits, oracle, stack, objective, labels, config.estimator.mu, None)
 
     def step(index: Tensor) -> None:
         trainer._step(index, 0)
@@ -293,7 +293,7 @@ def loop_step(config: RunConfig, stack: Stack, splits: Splits, classify: Classif
     import torch
     from torch.nn.functional import cross_entropy
 
-    from defender_client.data import augment
+    from shared.augmentation import augment
 
     optimizer = torch.optim.Adam(stack.trainable(), config.train.lr, weight_decay=config.train.weight_decay)
     generator = torch.Generator().manual_seed(1)
@@ -379,8 +379,7 @@ class Stopwatch:
                 holder = getattr(holder, part, None)
             timed = getattr(holder, last, None)
             if timed is not None:
-                setattr(holder, last, self._timing(name, timed))
-                self._names[name] = None
+                setattr(holder, last, self.timing(name, timed))
 
     def start(self) -> None:
         """Forget what was counted."""
@@ -393,7 +392,10 @@ class Stopwatch:
         others = {name: seconds for name, seconds in self._times.items() if name not in own}
         return own | {_REST: passed - sum(own.values())} | others
 
-    def _timing(self, name: str, timed: Callable[..., Any]) -> Callable[..., Any]:
+    def timing(self, name: str, timed: Callable[..., Any]) -> Callable[..., Any]:
+        """The same function, its seconds counted under this name."""
+        self._names[name] = None
+
         def call(*arguments: Any, **named: Any) -> Any:
             inside = getattr(self._local, "inside", None)
             self._local.inside, start = [0.0], time.perf_counter()
