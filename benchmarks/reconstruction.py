@@ -19,13 +19,18 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from benchmarks.measuring import ROOT, Failed, heading, table
+
+if TYPE_CHECKING:
+    from defender_client.config import RunConfig
 
 SCALES = ("smoke", "cpu", "full")
 ROUTES = ("classifier", "defended")
 _MODEL = "small-reconstructor"
 _SHOWN = 4  # images in the figure
+_ALIKE = ("seed", "sigma", "data", "denoiser", "autoencoder", "pretrain")  # what a pre-trained stack depends on
 
 
 @dataclass(frozen=True)
@@ -152,6 +157,7 @@ def _column(options: argparse.Namespace, column: Column, weights: Path, oracle: 
         statement = remote.budget()
     spent = statement.spent if statement is not None else 0
     oracle.grant(client, spent + planned.to_train + len(routes) * 2 * max(1, copies) * options.images)
+    _begin_alike(options, config, run)
     whitebox = box if config.estimator.name == "fo" else None
     jobs.train_job(config, run, options.data, source, lambda _: None, whitebox)
     attacked, clean = {}, (0.0, 0.0)
@@ -183,6 +189,25 @@ def _column(options: argparse.Namespace, column: Column, weights: Path, oracle: 
     )
     kept.write_text(json.dumps(asdict(result), indent=1) + "\n", encoding="utf-8")
     return result
+
+
+def _begin_alike(options: argparse.Namespace, config: RunConfig, run: Path) -> None:
+    """Take the pre-trained stack of another column that began alike: the same seed, data and stack."""
+    import os
+    import shutil
+
+    from defender_client import config as configs
+    from defender_client.pretrain import PRETRAINED_FILE
+
+    target = run / PRETRAINED_FILE
+    for column in COLUMNS:
+        other = options.out / "runs" / column.preset
+        if target.exists() or not (other / PRETRAINED_FILE).exists():
+            continue
+        theirs = configs.load(other)
+        if all(getattr(theirs, part) == getattr(config, part) for part in _ALIKE):
+            shutil.copyfile(other / PRETRAINED_FILE, target.with_suffix(".tmp"))
+            os.replace(target.with_suffix(".tmp"), target)
 
 
 def _write(out: Path, results: Sequence[Result], said: str) -> None:

@@ -116,13 +116,13 @@ def _main() -> None:
     from oracle_server.loading import Classifier
     from oracle_server.settings import Settings
 
-    def load_classifier(settings: Settings) -> Classifier:
+    def load_model(settings: Settings) -> Classifier:
         from benchmarks import models
 
         assert settings.weights is not None
         return Classifier(models.load(Path(settings.weights)), models.IMAGE_SHAPE, models.CLASSES)
 
-    vars(oracle)["load_classifier"] = load_classifier
+    vars(oracle)["load_model"] = load_model
     cli.app()
 
 
