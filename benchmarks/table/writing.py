@@ -28,6 +28,7 @@ Certified = Mapping[str, Mapping[int, Sequence[certify.Row]]]
 """Certified images by preset and seed."""
 
 T = TypeVar("T")
+_COLOURS = ("black", *(f"C{number}" for number in range(10)))  # one for each column
 _STYLES = {"zo-ds": "--", "zo-ae": "-", "fo-ds": ":", "fo-ae": "-."}
 
 
@@ -114,10 +115,11 @@ def curves(rows: Certified, path: Path, limit: float, title: str) -> None:
     """Certified accuracy of all columns against the radius, means over seeds with their range."""
     figure, axes = plt.subplots(figsize=(8.0, 4.8), layout="constrained")
     radii = np.linspace(0, limit, 300)
-    for number, (preset, found) in enumerate(_in_order(rows)):
+    for preset, found in _in_order(rows):
+        number = list(BY_PRESET).index(preset)
         each = np.array([[certify.certified_accuracy(list(r), float(x)) for x in radii] for r in found.values()])
         style = next((style for start, style in _STYLES.items() if preset.startswith(start)), "-")
-        (line,) = axes.plot(radii, each.mean(axis=0), style, label=BY_PRESET[preset].title, color=f"C{number % 10}")
+        (line,) = axes.plot(radii, each.mean(axis=0), style, label=BY_PRESET[preset].title, color=_COLOURS[number])
         if len(each) > 1:
             axes.fill_between(radii, each.min(axis=0), each.max(axis=0), color=line.get_color(), alpha=0.15, lw=0)
     axes.set(xlabel="l2 radius", ylabel="certified accuracy", ylim=(0, 1), xlim=(0, limit), title=title)
