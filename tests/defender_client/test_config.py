@@ -20,11 +20,12 @@ def test_every_shipped_preset_loads_and_describes_a_stack(name: str) -> None:
     config = load_preset(name)
     assert config.preset == name
     assert config.description
-    shape = (1, 8, 8) if config.data.dataset == "digits" else (3, 32, 32)
-    specify(config, shape, 10)
+    shapes = {"digits": (1, 8, 8), "mnist": (1, 28, 28)}
+    specify(config, shapes.get(config.data.dataset, (3, 32, 32)), 10)
     words = name.split("-")
+    assert (config.task == "reconstruction") == ("recon" in words)
     if config.estimator.name != "none" and name != "demo":
-        assert config.estimator.name in words
+        assert config.estimator.name in words or (config.estimator.zeroth_order and "zo" in words)
         assert (config.autoencoder.architecture != "none") == ("ae" in words)
     if "rge" in words:
         assert f"q{config.estimator.q}" in words

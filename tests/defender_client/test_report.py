@@ -115,6 +115,7 @@ def test_the_numbers_are_those_of_the_files(trained: Trained, tmp_path: Path) ->
             spent[purposes[entry["key"]]] = spent.get(purposes[entry["key"]], 0) + entry["charged"]
             bytes_up, bytes_down = bytes_up + entry["up"], bytes_down + entry["down"]
     numbers = [f"{spent[purpose]:,}" for purpose in ("noise", "labels", "train", "validation", "certify")]
+    numbers.append("0")  # attacks
     sizes = [f"{size / 1e6:,.1f} MB" for size in (bytes_up, bytes_down)]
     assert account[1] == ["run", *numbers, f"{sum(spent.values()):,}", *sizes]
     found = json.loads((trained.run / NOISE_FILE).read_text())["finding"]
@@ -189,7 +190,7 @@ def test_a_run_that_is_not_certified_has_dashes(trained: Trained, tmp_path: Path
 def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
     configs.save(tiny(tmp_path), tmp_path / "run")
     page = written(tmp_path / "run" / "report.html", tmp_path / "run")
-    assert page.tables[1][1] == ["run", "0", "0", "0", "0", "0", "0", "0.0 MB", "0.0 MB"]
+    assert page.tables[1][1] == ["run", "0", "0", "0", "0", "0", "0", "0", "0.0 MB", "0.0 MB"]
     assert len(page.pictures) == 1
 
 
