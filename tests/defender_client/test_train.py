@@ -217,7 +217,7 @@ def test_other_schedules(tmp_path: Path) -> None:
     assert 0 < rates[-1] < 0.1
     constant = tiny(tmp_path).train
     assert {learning_rate(constant, epoch, 1, 96) for epoch in range(9)} == {1e-3}
-    assert optimizer_kind(constant, 8, 96) is optimizer_kind(cosine, 3) is torch.optim.Adam
+    assert optimizer_kind(constant, 8, 96) is optimizer_kind(cosine, 3, 96) is torch.optim.Adam
 
 
 # --- killed and started again, within this process: every moment ------------------------------------------------------
