@@ -10,14 +10,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 NonNegativeInt = Annotated[int, Field(ge=0)]
 Shape = tuple[int, ...]
 
 # For larger kernels, and for strides beyond the kernel, torch falls back on code whose time is out of all proportion to
 # the multiply-adds: measured, 20 seconds for one row of a transposed convolution of kernel 1 and stride 1000.
+_VECTORS = 64  # elements: a multiple of what any CPU computes at once
 _MAX_KERNEL = 16
 
 
@@ -140,11 +143,24 @@ class Linear(_Layer):
         )
 
 
+class Sigmoid(nn.Sigmoid):
+    """The sigmoid, with the same bits for an element wherever it stands.
+
+    torch computes whole vectors of a tensor with one function and what is left at its end with another, which may
+    differ in the last bit (seen on an AMD EPYC): which elements are left depends on the batch. So nothing is left.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        flat = input.reshape(-1)
+        filled = F.pad(flat, (0, -len(flat) % _VECTORS))
+        return torch.sigmoid(filled)[: len(flat)].view(input.shape)
+
+
 class Activation(_Layer):
     kind: Literal["relu", "sigmoid"]
 
     def build(self) -> nn.Module:
-        return nn.ReLU() if self.kind == "relu" else nn.Sigmoid()
+        return nn.ReLU() if self.kind == "relu" else Sigmoid()
 
     def trace(self, taken: Shape) -> Trace:
         """Rows of any shape -> of the same."""
