@@ -5,6 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from defender_client.errors import ConfigError
+
+
+def read_rows(path: Path, header: str) -> list[str]:
+    """The whole lines after the header; a last line without its end is left out, and no file is no line.
+
+    Raises:
+        ConfigError: the file begins with another line.
+    """
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return []
+    whole = text[: text.rfind("\n") + 1].splitlines()
+    if whole and whole[0] != header:
+        raise ConfigError(f"{path} does not start with the header '{header}'")
+    return whole[1:]
+
 
 def drop_torn_line(path: Path) -> None:
     """Cut off a last line without its end, if there is one; a file that does not exist stays so."""

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from defender_client.appending import drop_torn_line
+from defender_client.appending import drop_torn_line, read_rows
 from defender_client.certify import DefendedOracle
 from defender_client.config import AttackConfig, ConfigError, Form
 from defender_client.losses import cross_entropy, mean_log_scores
@@ -116,15 +116,8 @@ class Victim:
 
 def read(path: Path) -> list[Row]:
     """Rows of an attack's file; an unfinished last line is left out. ConfigError where it is not such a file."""
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        return []
-    whole = text[: text.rfind("\n") + 1].splitlines()
-    if whole and whole[0] != HEADER:
-        raise ConfigError(f"{path} does not start with the header '{HEADER}'")
     rows = []
-    for line in whole[1:]:
+    for line in read_rows(path, HEADER):
         try:
             idx, label, clean, attacked, correct, norm, queries, agreement, _ = line.split("\t")
             classes = int(label), int(clean), int(attacked)

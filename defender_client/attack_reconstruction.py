@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from defender_client.appending import drop_torn_line
+from defender_client.appending import drop_torn_line, read_rows
 from defender_client.attack import Victim, crafting_generator, images_left
 from defender_client.config import AttackConfig, ConfigError, Form
 from defender_client.image_metrics import rmse, ssim
@@ -64,15 +64,8 @@ class Summary:
 
 def read(path: Path) -> list[Row]:
     """Rows of an attack's file; an unfinished last line is left out. ConfigError where it is not such a file."""
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        return []
-    whole = text[: text.rfind("\n") + 1].splitlines()
-    if whole and whole[0] != HEADER:
-        raise ConfigError(f"{path} does not start with the header '{HEADER}'")
     rows = []
-    for line in whole[1:]:
+    for line in read_rows(path, HEADER):
         try:
             idx, before, similar, under, alike, norm, queries, _ = line.split("\t")
             rows.append(

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from defender_client.appending import drop_torn_line
+from defender_client.appending import drop_torn_line, read_rows
 from defender_client.black_box import BlackBox
 from defender_client.config import CertifyConfig, ConfigError, Form
 from defender_client.in_flight import Crew
@@ -78,15 +78,8 @@ class DefendedOracle:
 
 def read(path: Path) -> list[Row]:
     """Rows of a `certified.tsv`; an unfinished last line is left out. ConfigError where it is not such a file."""
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        return []
-    whole = text[: text.rfind("\n") + 1].splitlines()
-    if whole and whole[0] != HEADER:
-        raise ConfigError(f"{path} does not start with the header '{HEADER}'")
     rows = []
-    for line in whole[1:]:
+    for line in read_rows(path, HEADER):
         fields = line.split("\t")
         try:
             idx, label, predict, radius, correct = fields[:5]
