@@ -74,7 +74,8 @@ def _probes(
     part = probes.read_range(request.parameters, len(asked))
     start, stop = part or (0, len(asked))
     check_rows(stop - start)
-    answered = (asked.n, asked.p) if part is None else (stop - start,)
+    # Points of different numbers of rows have no common axis.
+    answered = (asked.n, asked.p) if part is None and asked.counts is None else (stop - start,)
     points: Points = Part(asked, start, stop)
     clamp = _clamp(request)
     if decoder is not None:

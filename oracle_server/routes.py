@@ -121,6 +121,7 @@ async def model_metadata(service: Parts) -> protocol.ModelMetadata:
             **oracle.announced(),
             "max_body_bytes": settings.max_body_bytes,
             protocol.FACTORED_PARAMETER: True,
+            protocol.COUNTS_PARAMETER: True,
         },
     )
 

@@ -14,15 +14,21 @@ On the wire they are plain inputs (datatype, shape):
     directions   FP32   [q, d] or [n, q, d]      shared by all points, or each its own
     coordinates  INT64  [q] or [n, q]            instead of directions: the unit vectors of these axes, counted from 0
     seed         UINT64 [1] or [n]               instead of both: drawn as `directions.unit_directions` says
+    counts       INT64  [n]                      optional: how many of the q directions point i is stepped along
 
 and request parameters: `difference` ("forward", the default, or "central") and `rows` ([start, stop], the default all):
 which of the n p rows are asked for, where a client cuts what is too large for one request.
+
+A batch with `counts` is ragged: point i is stepped along the first c_i = counts[i] of its q directions, 0 <= c_i <= q,
+and has 1 + c_i rows (forward) or 2 c_i (central) in the place of p. Its other directions and steps are padding, which
+is checked as all are: finite, and axes that there are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Final, Literal, Protocol, get_args
 
 import numpy as np
@@ -39,6 +45,7 @@ STEPS: Final = "steps"
 DIRECTIONS: Final = "directions"
 COORDINATES: Final = "coordinates"
 SEED: Final = "seed"
+COUNTS: Final = "counts"
 KINDS: Final = (DIRECTIONS, COORDINATES, SEED)
 DIFFERENCE_PARAMETER: Final = "difference"
 ROWS_PARAMETER: Final = "rows"
@@ -163,12 +170,15 @@ class Probes:
         steps: float32 [q], or [n, q].
         along: the directions.
         difference: "forward" or "central".
+        counts: int64 [n], from 0 to q, of a ragged batch: along how many directions each point is stepped, its first
+            ones. None: along all.
     """
 
     base: Float32
     steps: Float32
     along: Along
     difference: Difference
+    counts: NDArray[np.int64] | None = None
 
     @property
     def n(self) -> int:
@@ -187,28 +197,69 @@ class Probes:
 
     @property
     def p(self) -> int:
-        """Rows per point."""
+        """Rows per point; of a ragged batch, those of a point that is stepped along all its directions."""
         return self.q + 1 if self.difference == "forward" else 2 * self.q
 
+    @property
+    def row_counts(self) -> NDArray[np.int64]:
+        """Rows of each point, int64 [n]."""
+        if self.counts is None:
+            return np.full(self.n, self.p, np.int64)
+        return self.counts + 1 if self.difference == "forward" else 2 * self.counts
+
+    @cached_property
+    def starts(self) -> NDArray[np.int64]:
+        """The first row of each point, int64 [n]: where it would be, if the point has none."""
+        ends = np.cumsum(self.row_counts)
+        return np.concatenate([np.zeros(1, np.int64), ends[:-1]]) if len(ends) else ends
+
     def __len__(self) -> int:
-        return self.n * self.p
+        return self.n * self.p if self.counts is None else int(self.row_counts.sum())
+
+    def rows_of(self, point: int) -> int:
+        """Rows of a point."""
+        count = self._count(point)
+        return count + 1 if self.difference == "forward" else 2 * count
+
+    def _count(self, point: int) -> int:
+        return self.q if self.counts is None else int(self.counts[point])
+
+    def locate(self, row: int) -> tuple[int, int]:
+        """(point, which of the point's rows) of a row."""
+        if self.counts is None:
+            return divmod(row, self.p)
+        # Of the points that start at this row, only the last has rows.
+        point = int(np.searchsorted(self.starts, row, side="right")) - 1
+        return point, row - int(self.starts[point])
 
     def expand(self, start: int, stop: int) -> Float32:
-        """Rows `start` to `stop` of the n p, float32 [stop - start, d]; the same bits whatever the range."""
+        """Rows `start` to `stop` of all, float32 [stop - start, d]; the same bits whatever the range."""
         rows = np.empty((stop - start, self.d), np.float32)
-        for point, first, last in _by_point(start, stop, self.p):
-            offset = point * self.p + first - start
+        offset = 0
+        for point, first, last in self._by_point(start, stop):
             part = rows[offset : offset + last - first]
             part[:] = self.base[point]
             self._move(part, point, first, last)
+            offset += last - first
         return rows
+
+    def _by_point(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """(point, first, last): which of each point's rows lie in a range of all rows, of points that have any."""
+        while start < stop:
+            point, first = self.locate(start)
+            last = min(self.rows_of(point), first + stop - start)
+            if last <= first:
+                raise IndexError(f"there is no row {start}: these probes have {len(self)}")
+            yield point, first, last
+            start += last - first
 
     def _move(self, part: Float32, point: int, first: int, last: int) -> None:
         steps = self.steps if self.steps.ndim == 1 else self.steps[point]
+        count = self._count(point)
         # Rows of a point that step ahead, then, if central, those that step back; the point itself has no direction.
         offset = 1 if self.difference == "forward" else 0
-        for begin, sign in ((offset, 1), (offset + self.q, -1)):
-            low, high = max(first, begin), min(last, begin + self.q)
+        for begin, sign in ((offset, 1), (offset + count, -1)):
+            low, high = max(first, begin), min(last, begin + count)
             if low < high:
                 a, b = low - begin, high - begin
                 # x + (-s) u is x - s u to the bit: rounding is symmetric.
@@ -218,13 +269,15 @@ class Probes:
     def of(self, start: int, stop: int) -> Probes:
         """The probes of base points `start` to `stop`."""
         steps = self.steps if self.steps.ndim == 1 else self.steps[start:stop]
-        return Probes(self.base[start:stop], steps, self.along.of(start, stop), self.difference)
+        counts = None if self.counts is None else self.counts[start:stop]
+        return Probes(self.base[start:stop], steps, self.along.of(start, stop), self.difference, counts)
 
     def inputs(self) -> dict[str, NDArray[Any]]:
         """Its tensors, by their names on the wire."""
         # One step for all, repeated, is one step on the wire, where something else says how many directions there are.
         same = self.steps.strides == (0,) and self.along.q > 1
-        return {BASE: self.base, STEPS: self.steps[:1] if same else self.steps, **self.along.inputs()}
+        ragged = {} if self.counts is None else {COUNTS: self.counts}
+        return {BASE: self.base, STEPS: self.steps[:1] if same else self.steps, **self.along.inputs(), **ragged}
 
 
 def read(
@@ -234,10 +287,10 @@ def read(
 
     Raises:
         MalformedRequest: an input is missing, unknown, or of another datatype or shape.
-        UnacceptableValues: a value is not finite, or an axis does not exist.
+        UnacceptableValues: a value is not finite, an axis or a count of directions does not exist, or there is no row.
     """
     kinds = [name for name in KINDS if name in inputs]
-    unknown = sorted(set(inputs) - {BASE, STEPS, *KINDS})
+    unknown = sorted(set(inputs) - {BASE, STEPS, COUNTS, *KINDS})
     if unknown:
         raise MalformedRequest(f"beside '{BASE}', these inputs are not known: {', '.join(unknown)}")
     if len(kinds) != 1 or STEPS not in inputs:
@@ -256,7 +309,13 @@ def read(
     difference = parameters.get(DIFFERENCE_PARAMETER, "forward")
     if difference not in get_args(Difference):
         raise MalformedRequest(f"parameter '{DIFFERENCE_PARAMETER}' is forward or central, not {difference!r}")
-    return Probes(base, steps, along, difference)
+    asked = Probes(base, steps, along, difference, _counts(inputs, datatypes, len(base), steps.shape[-1]))
+    if not len(asked):
+        raise UnacceptableValues(
+            f"'{COUNTS}' are all 0, and central differences have no row at the point itself: nothing is asked; nothing "
+            "was charged"
+        )
+    return asked
 
 
 def read_range(parameters: Mapping[str, Any], rows: int) -> tuple[int, int] | None:
@@ -310,6 +369,27 @@ def _steps(steps: Float32, n: int, along: Along) -> Float32:
     return steps
 
 
+def _counts(
+    inputs: Mapping[str, NDArray[Any]], datatypes: Mapping[str, str], n: int, q: int
+) -> NDArray[np.int64] | None:
+    counts = inputs.get(COUNTS)
+    if counts is None:
+        return None
+    # No smaller integers: what is sent is then not much less than what it takes up here.
+    if datatypes[COUNTS] != "INT64":
+        raise MalformedRequest(f"'{COUNTS}' is {datatypes[COUNTS]}: send INT64")
+    if counts.shape != (n,):
+        raise MalformedRequest(f"'{COUNTS}' is {list(counts.shape)}: send [{n}], one for each base point")
+    outside = (counts < 0) | (counts > q)
+    if outside.any():
+        point = int(outside.argmax())
+        raise UnacceptableValues(
+            f"{COUNTS}[{point}] = {counts[point]}: a point is stepped along 0 to {q} directions; nothing was charged",
+            index=[point],
+        )
+    return counts
+
+
 def _float32(name: str, inputs: Mapping[str, NDArray[Any]], datatypes: Mapping[str, str]) -> Float32:
     if datatypes[name] != "FP32":
         raise MalformedRequest(f"'{name}' is {datatypes[name]}: send datatype FP32")
@@ -324,12 +404,3 @@ def check_finite(name: str, values: NDArray[Any]) -> None:
         raise UnacceptableValues(
             f"{name}{index} = {values[tuple(index)]} is not finite; nothing was charged", index=index
         )
-
-
-def _by_point(start: int, stop: int, p: int) -> Iterator[tuple[int, int, int]]:
-    """(point, first, last): which of each point's p rows lie in a range of all rows."""
-    while start < stop:
-        point, first = divmod(start, p)
-        last = min(p, first + stop - start)
-        yield point, first, last
-        start += last - first

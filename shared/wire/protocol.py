@@ -53,6 +53,7 @@ MAX_DECODER_MULTIPLY_ADDS_PARAMETER: Final = "max_decoder_multiply_adds"
 MAX_CLIENT_DECODERS_PARAMETER: Final = "max_client_decoders"
 
 FACTORED_PARAMETER: Final = "factored"  # true where factored query batches are read
+COUNTS_PARAMETER: Final = "counts"  # true where they may be ragged: a number of directions for each point
 # Parameters of a request: which decoder its points are latents of; whether pixels are clamped to [0, 1].
 DECODER_PARAMETER: Final = "decoder"
 CLAMP_PARAMETER: Final = "clamp"

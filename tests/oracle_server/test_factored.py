@@ -156,7 +156,8 @@ def test_an_answer_in_json_has_the_same_shape(server: Running, caller: Caller) -
 
 
 def test_the_model_says_that_it_reads_them(server: Running) -> None:
-    assert server.http.get(protocol.METADATA_ROUTE).json()["parameters"][protocol.FACTORED_PARAMETER] is True
+    told = server.http.get(protocol.METADATA_ROUTE).json()["parameters"]
+    assert told[protocol.FACTORED_PARAMETER] is told[protocol.COUNTS_PARAMETER] is True
 
 
 def test_deterministic_noise_is_that_of_the_image(tmp_path: Path) -> None:
@@ -178,6 +179,110 @@ def test_a_pixel_is_named_by_its_row_in_the_request_however_many_there_are() -> 
     with pytest.raises(UnacceptableValues) as refusal:
         rows.check()
     assert refusal.value.extensions == {"index": [17_000, 0, 1, 1]}
+
+
+# --- ragged: a number of directions for each point ------------------------------------------------------------------
+
+COUNTS = np.array([2, 0, Q])
+
+
+@pytest.mark.parametrize("difference", ["forward", "central"])
+@pytest.mark.parametrize("along", ALONG.values(), ids=ALONG)
+def test_a_ragged_batch_is_answered_and_charged_as_its_rows(
+    caller: Caller, along: Along, difference: Difference
+) -> None:
+    asked = Probes(inside(), STEPS, along, difference, COUNTS)
+    rows = 3 + 8 if difference == "forward" else 2 * 8
+    answer = ask(caller, asked)
+    logits = logits_of(answer)
+    assert logits.shape == (rows, 10)
+    assert int(answer.headers[protocol.QUERY_CHARGE_HEADER]) == rows
+    dense = logits_of(caller.infer(asked.expand(0, rows).reshape(-1, 1, 8, 8)))
+    np.testing.assert_array_equal(logits, dense)
+    assert caller.budget()["spent"] == 2 * rows
+
+
+def test_a_ragged_batch_has_the_answers_of_the_uniform_one(caller: Caller) -> None:
+    whole = logits_of(ask(caller, Probes(inside(), STEPS, ALONG["seeds"], "forward")))
+    some = logits_of(ask(caller, Probes(inside(), STEPS, ALONG["seeds"], "forward", COUNTS)))
+    np.testing.assert_array_equal(some, np.concatenate([whole[i, : 1 + count] for i, count in enumerate(COUNTS)]))
+
+
+def test_ranges_of_a_ragged_batch_make_the_whole_and_cost_no_more(caller: Caller) -> None:
+    asked = Probes(inside(), STEPS, ALONG["own directions"], "central", COUNTS)
+    whole = logits_of(ask(caller, asked))
+    parts = [ask(caller, asked, rows=[start, min(start + 3, 16)]) for start in range(0, 16, 3)]
+    assert [int(part.headers[protocol.QUERY_CHARGE_HEADER]) for part in parts] == [3, 3, 3, 3, 3, 1]
+    np.testing.assert_array_equal(np.concatenate([logits_of(part) for part in parts]), whole)
+    assert "0 <= start < stop <= 16" in str(refused(ask(caller, asked, rows=[0, 17]), 400, "malformed-request"))
+    assert caller.budget()["spent"] == 2 * 16
+
+
+@pytest.mark.parametrize(
+    ("counts", "status", "code", "says"),
+    [
+        (np.array([0, 0, 0]), 422, "unacceptable-values", "no row at the point itself"),
+        (np.array([1, Q + 1, 0]), 422, "unacceptable-values", f"counts[1] = 7: a point is stepped along 0 to {Q}"),
+        (np.array([1, 1, -1]), 422, "unacceptable-values", "counts[2] = -1"),
+        (np.array([1, 1]), 400, "malformed-request", "'counts' is [2]: send [3]"),
+        (np.ones((3, Q), int), 400, "malformed-request", "'counts' is [3, 6]: send [3]"),
+        (np.ones(3, np.float32), 400, "malformed-request", "'counts' is FP32: send INT64"),
+        (np.ones(3, np.uint8), 400, "malformed-request", "'counts' is UINT8: send INT64"),
+    ],
+    ids=str,
+)
+def test_counts_that_are_none_are_refused_and_free(
+    caller: Caller, counts: np.ndarray, status: int, code: str, says: str
+) -> None:
+    refusal = refused(ask(caller, Probes(inside(), STEPS, ALONG["seeds"], "central", counts)), status, code)
+    assert says in str(refusal["detail"])
+    account = caller.budget()
+    assert (account["spent"], account["held"]) == (0, 0)
+
+
+def test_padding_is_checked_as_all_is(caller: Caller) -> None:
+    axes, own = np.zeros((N, Q), np.int64), np.zeros((N, Q, D), np.float32)
+    axes[1, 5], own[1, 5, 7] = D, np.inf
+    refusal = refused(
+        ask(caller, Probes(inside(), STEPS, Coordinates(axes), "forward", COUNTS)), 422, "unacceptable-values"
+    )
+    assert "axis 64" in str(refusal["detail"])
+    refused(ask(caller, Probes(inside(), STEPS, Directions(own), "forward", COUNTS)), 422, "unacceptable-values")
+    assert caller.budget()["spent"] == 0
+
+
+def test_a_pixel_outside_is_named_by_its_row_of_a_ragged_batch(caller: Caller) -> None:
+    points = inside()
+    points[2, 5] = 0.999
+    axes = np.full((N, Q), 5)
+    steps = np.zeros((N, Q), np.float32)
+    steps[1], steps[2, 3] = 2.0, 0.005  # point 1 would be far outside, and is not stepped
+    refusal = refused(
+        ask(caller, Probes(points, steps, Coordinates(axes), "forward", COUNTS)), 422, "unacceptable-values"
+    )
+    assert refusal["index"] == [3 + 1 + 1 + 3, 0, 0, 5]
+
+
+def test_the_limit_is_on_the_rows_of_a_ragged_batch(tmp_path: Path) -> None:
+    with running(Settings(ledger=str(tmp_path / "ledger.db"), max_batch_rows=100)) as server:
+        caller = server.caller()
+        base, steps, seed = np.full((60, D), 0.5, np.float32), np.full(1000, 0.01, np.float32), ALONG["seeds"].of(0, 1)
+        counts = np.zeros(60, np.int64)
+        counts[7] = 40
+        assert logits_of(ask(caller, Probes(base, steps, seed, "forward", counts))).shape == (100, 10)
+        counts[8] = 1
+        refused(ask(caller, Probes(base, steps, seed, "forward", counts)), 413, "too-large")
+        assert caller.budget()["spent"] == 100
+
+
+def test_the_counts_are_part_of_a_purchase(caller: Caller) -> None:
+    first = ask(caller, Probes(inside(), STEPS, ALONG["seeds"], "forward", COUNTS), "k")
+    again = ask(caller, Probes(inside(), STEPS, ALONG["seeds"], "forward", COUNTS), "k")
+    np.testing.assert_array_equal(logits_of(first), logits_of(again))
+    assert (first.headers["Query-Charge"], again.headers["Query-Charge"]) == ("11", "0")
+    refused(
+        ask(caller, Probes(inside(), STEPS, ALONG["seeds"], "forward", COUNTS[::-1]), "k"), 422, "idempotency-conflict"
+    )
 
 
 # --- latents of a decoder ------------------------------------------------------------------------------------------
@@ -209,6 +314,24 @@ def test_probes_of_latents_are_answered_as_the_images_they_decode_to(decoding: R
     images = decoder(asked.expand(0, len(asked)))
     np.testing.assert_array_equal(logits_of(answer).reshape(-1, 10), logits_of(caller.infer(images)))
     assert caller.budget()["spent"] == 2 * len(asked)
+
+
+@pytest.mark.parametrize("difference", ["forward", "central"])
+def test_ragged_probes_of_latents_are_answered_as_the_images(decoding: Running, difference: Difference) -> None:
+    caller = decoding.caller()
+    name, decoder = register(caller)
+    latents, axes = RNG.random((4, 12), dtype=np.float32), RNG.integers(0, 12, (4, 5))
+    asked = Probes(
+        latents, np.full(5, 0.005, np.float32), Coordinates(axes), difference, np.array([0, 5, 0, 1], np.int64)
+    )
+    answer = ask(caller, asked, decoder=name)
+    assert int(answer.headers[protocol.QUERY_CHARGE_HEADER]) == len(asked) == (10 if difference == "forward" else 12)
+    logits = logits_of(answer)
+    assert logits.shape == (len(asked), 10)
+    np.testing.assert_array_equal(logits, logits_of(caller.infer(decoder(asked.expand(0, len(asked))))))
+    part = logits_of(ask(caller, asked, decoder=name, rows=[2, 9]))
+    np.testing.assert_array_equal(part, logits[2:9])
+    assert caller.budget()["spent"] == 2 * len(asked) + 7
 
 
 def test_latents_are_answered_as_the_images_they_decode_to(decoding: Running) -> None:

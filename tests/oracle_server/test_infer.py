@@ -362,7 +362,7 @@ def test_metadata_tells_shapes_and_nothing_of_the_classifier(server: Running) ->
     assert metadata.inputs[0].shape == (-1, 1, 8, 8)
     assert metadata.outputs[0].shape == (-1, 10)
     told = {name: value for name, value in metadata.parameters.items() if "decoder" not in name}
-    assert told == {"max_batch_rows": 64, "max_body_bytes": 2**20, "factored": True}
+    assert told == {"max_batch_rows": 64, "max_body_bytes": 2**20, "factored": True, "counts": True}
     assert server.http.get("/v2").json()["extensions"] == [protocol.BINARY_EXTENSION]
     assert server.http.post("/v2/repository/index", content=b'{"ready":true}').json()[0]["state"] == "READY"
 
