@@ -1,6 +1,7 @@
 """A training run's whole state in one safetensors file: weights, optimizer, random generators, position, queries.
 
-Tensors: `stack.*`, `optimizer.{parameter}.{name}`, `generator.{name}` (uint8). The rest is JSON in the file's metadata.
+Tensors: `stack.*`, `optimizer.{parameter}.{name}`, `generator.{name}` (uint8), `beside.*` (what
+only some runs have). The rest is JSON in the file's metadata.
 Written to a temporary file and renamed, so a kill at any moment leaves the previous checkpoint or the new one.
 """
 
@@ -51,8 +52,10 @@ def save(
     stack: Stack,
     optimizer: torch.optim.Optimizer,
     generators: Mapping[str, torch.Tensor],
+    beside: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write a checkpoint; `generators` maps names to generator states (uint8 tensors)."""
+    """Write a checkpoint; `generators` maps names to generator states (uint8 tensors), `beside` names to what else the
+    run has."""
     tensors = {f"stack.{name}": tensor.contiguous() for name, tensor in stack.state_dict().items()}
     state = optimizer.state_dict()
     for index, values in state["state"].items():
@@ -61,6 +64,8 @@ def save(
                 tensors[f"optimizer.{index}.{name}"] = value.contiguous()
     for name, value in generators.items():
         tensors[f"generator.{name}"] = value
+    for name, value in (beside or {}).items():
+        tensors[f"beside.{name}"] = value
     described = {
         "progress": vars(progress),
         "optimizer": {"kind": type(optimizer).__name__, "groups": state["param_groups"]},
@@ -77,6 +82,12 @@ class Checkpoint:
     optimizer_kind: str
     optimizer: dict[str, Any]
     generators: dict[str, torch.Tensor]
+    beside: dict[str, torch.Tensor]
+
+    def beside_of(self, part: str) -> dict[str, torch.Tensor]:
+        """The tensors of one part of what stands beside the stack, by their names in it."""
+        prefix = f"{part}."
+        return {name.removeprefix(prefix): value for name, value in self.beside.items() if name.startswith(prefix)}
 
 
 def load(path: Path) -> Checkpoint | None:
@@ -85,7 +96,7 @@ def load(path: Path) -> Checkpoint | None:
         with safe_open(path, "pt") as opened:
             described = json.loads((opened.metadata() or {})[_METADATA])
         tensors = safetensors.torch.load_file(path)
-        parts: dict[str, dict[str, torch.Tensor]] = {"stack": {}, "optimizer": {}, "generator": {}}
+        parts: dict[str, dict[str, torch.Tensor]] = {"stack": {}, "optimizer": {}, "generator": {}, "beside": {}}
         for name, tensor in tensors.items():
             part, _, rest = name.partition(".")
             parts[part][rest] = tensor
@@ -99,6 +110,7 @@ def load(path: Path) -> Checkpoint | None:
             optimizer_kind=described["optimizer"]["kind"],
             optimizer={"state": state, "param_groups": described["optimizer"]["groups"]},
             generators=parts["generator"],
+            beside=parts["beside"],
         )
     except FileNotFoundError:
         return None

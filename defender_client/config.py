@@ -66,20 +66,73 @@ class AutoencoderConfig(_Section):
 
 
 class EstimatorConfig(_Section):
-    """How gradients are had: `rge` and `cge` estimate them from answers, `fo` takes them through a classifier that the
+    """How gradients are had: the estimators of `zo` make them of answers, `fo` takes them through a classifier that the
     user holds (see `whitebox`), `none` trains nothing (the undefended classifier). mu is the probes' step; `noise` =
-    `adapt` raises it where the oracle's answers are too noisy for it (see `noise_floor`)."""
+    `adapt` raises it where the oracle's answers are too noisy for it (see `noise_floor`).
 
-    name: Literal["rge", "cge", "fo", "none"] = "cge"
-    q: PositiveInt = 20
+    `active`: probe only latents that the encoder's ReLU lets through. `scale`, `spread`, `jitter`: see `zo.Options`.
+
+    `values`: what is differenced: `losses`, or `answers`, whose differences become the loss's by the chain rule, exact
+    for any curvature of the loss. `direction`: `gradient`, or `gauss-newton` with its `damping` (see `zo.jacobian`)."""
+
+    name: Literal["rge", "cge", "active-cge", "orthonormal", "prior", "control-variate", "distil", "fo", "none"] = "cge"
+    q: NonNegativeInt = 20
     mu: PositiveFloat = 0.005
     difference: Literal["forward", "central"] = "forward"
     noise: Literal["adapt", "off"] = "adapt"
+    active: bool = False
+    scale: Literal["unbiased", "projection"] | None = None
+    spread: Literal["even", "guide"] = "even"
+    jitter: PositiveFloat = 0.1
+    values: Literal["losses", "answers"] = "losses"
+    direction: Literal["gradient", "gauss-newton"] = "gradient"
+    damping: PositiveFloat = 1.0
+
+    @model_validator(mode="after")
+    def _possible(self) -> EstimatorConfig:
+        name = self.name
+        if self.q < 1 and name != "distil":
+            raise ValueError("q must be at least 1")
+        if self.active and name not in ("active-cge", "orthonormal", "prior", "control-variate"):
+            raise ValueError(f"active is for orthonormal directions; for {name} there is active-cge or orthonormal")
+        if self.scale is not None and name not in ("orthonormal", "prior"):
+            raise ValueError(f"scale is for orthonormal and prior, not for {name}")
+        if self.spread != "even" and name not in ("prior", "control-variate"):
+            raise ValueError(f"spread={self.spread} needs a guide: it is for prior and control-variate, not for {name}")
+        if name == "distil" and (self.values != "losses" or self.direction != "gradient"):
+            raise ValueError("distil estimates no derivative: leave values and direction out")
+        if self.direction == "gauss-newton" and name in ("rge", "fo", "none"):
+            raise ValueError(f"gauss-newton needs orthonormal directions or coordinates, not {name}")
+        return self
+
+    @property
+    def guided(self) -> bool:
+        """Whether it needs a surrogate."""
+        return self.name in ("prior", "control-variate", "distil")
 
     @property
     def zeroth_order(self) -> bool:
         """Whether gradients are made of queries."""
         return self.name not in ("fo", "none")
+
+    @property
+    def differences(self) -> bool:
+        """Whether they are made of differences between answers."""
+        return self.zeroth_order and self.name != "distil"
+
+
+class SurrogateConfig(_Section):
+    """The local model that guides `prior`, `control-variate` and `distil` (see `surrogate`): an MLP of `depth` hidden
+    layers, `steps` Adam steps of `batch` pairs after each training step, from the last `memory` pairs; `slopes` weighs
+    what it learns from differences."""
+
+    width: PositiveInt = 256
+    depth: PositiveInt = 2
+    lr: PositiveFloat = 1e-3
+    steps: PositiveInt = 4
+    batch: PositiveInt = 256
+    memory: PositiveInt = 8192
+    slopes: NonNegativeFloat = 0.3
 
 
 class PretrainConfig(_Section):
@@ -111,7 +164,12 @@ class TrainConfig(_Section):
     a query an image; `labels`, as the data set says, which costs none. Validation goes by the same.
 
     `micro_batch`: samples that go through the stack at once, 0 for the whole batch; batch normalization takes its
-    statistics over them (see `estimation`)."""
+    statistics over them (see `estimation`).
+
+    `mse`: weight of |D(x~) - x|^2, per pixel, beside the loss; it costs no query. `draws`: noisy copies of an image in
+    a batch. `inner_steps`: optimizer steps for one step's answers, whose Jacobian is used again while a point stays
+    within `staleness` of its length from where it was asked about. `sampling` = `loss`: images are drawn in proportion
+    to their last loss, and weighted so that the gradient stays unbiased (see `sampling`)."""
 
     epochs: PositiveInt = 20
     steps: NonNegativeInt = 0
@@ -125,6 +183,11 @@ class TrainConfig(_Section):
     query_rows: PositiveInt = 2048
     query_form: Form = "auto"
     in_flight: InFlight = 2
+    mse: NonNegativeFloat = 0.0
+    draws: PositiveInt = 1
+    inner_steps: PositiveInt = 1
+    staleness: PositiveFloat = 0.1
+    sampling: Literal["uniform", "loss"] = "uniform"
     validate_every: PositiveInt = 1
     checkpoint_every: PositiveInt = 1
 
@@ -143,7 +206,7 @@ class TrainConfig(_Section):
     def samples(self, steps: int, images: int) -> int:
         """Samples of the first so many steps: an epoch's last batch may be smaller."""
         epochs, rest = divmod(steps, self.batches(images))
-        return epochs * images + min(rest * self.batch, images)
+        return self.draws * (epochs * images + min(rest * self.batch, images))
 
 
 class CertifyConfig(_Section):
@@ -170,6 +233,7 @@ class RunConfig(_Section):
     denoiser: DenoiserSpec = DenoiserSpec(architecture="dncnn")
     autoencoder: AutoencoderConfig = AutoencoderConfig()
     estimator: EstimatorConfig = EstimatorConfig()
+    surrogate: SurrogateConfig = SurrogateConfig()
     pretrain: PretrainConfig = PretrainConfig()
     train: TrainConfig = TrainConfig()
     certify: CertifyConfig = CertifyConfig()

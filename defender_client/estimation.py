@@ -9,25 +9,56 @@ as many samples as fit into one request. While up to `in_flight` questions are w
 
 Forward passes, random draws, gradients and sums happen in one thread and in the order of the samples; what is in flight
 decides only when. The weights are therefore the same, bit for bit, whatever `in_flight` is. The size of the
-micro-batches is part of the arithmetic: batch normalization takes its statistics over each of them.
+micro-batches is part of the arithmetic: batch normalization takes its statistics over each of them. What a surrogate
+and its alignment learn of a step counts from the next one on, for the same reason.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from defender_client import zo
 from defender_client.black_box import BlackBox
+from defender_client.config import EstimatorConfig, TrainConfig
 from defender_client.in_flight import Crew
 from defender_client.objective import Objective
 from defender_client.stack import Stack
+from defender_client.surrogate import Surrogate
+from defender_client.zo import jacobian
 from shared.wire.probes import Probes
 
 PURPOSE = "train"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A step's samples.
+
+    Attributes:
+        noisy: images [b, c, h, w].
+        clean: the same without noise.
+        targets: [b, ...], of the run's objective.
+        weights: of each sample's loss in the step's, [b], float64, 1 on average.
+    """
+
+    noisy: Tensor
+    clean: Tensor
+    targets: Tensor
+    weights: Tensor
+
+    def __len__(self) -> int:
+        return len(self.noisy)
+
+    def part(self, start: int, stop: int) -> Batch:
+        """Samples `start` to `stop`."""
+        kept = slice(start, stop)
+        return Batch(self.noisy[kept], self.clean[kept], self.targets[kept], self.weights[kept])
 
 
 @dataclass(frozen=True)
@@ -39,11 +70,24 @@ class StepResult:
         quality: the objective's mean quality; for classifiers the agreement, the fraction of answers whose argmax is
             the label, in 0..1.
         gradient_norm: mean l2 norm of the estimated gradient per sample.
+        losses: of each sample, [b], float64; NaN for one that was not asked about. Empty for a validation.
+        cosine: of the surrogate's gradient with the oracle's, as far as probes have shown; None without.
     """
 
     loss: float
     quality: float
     gradient_norm: float
+    losses: Tensor
+    cosine: float | None = None
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """A micro-batch that went through the stack: samples, w [b, d] and D(x~), both with their graph."""
+
+    batch: Batch
+    points: Tensor
+    denoised: Tensor
 
 
 @dataclass(frozen=True)
@@ -52,13 +96,57 @@ class _Question:
 
     Attributes:
         estimator: whose question it is.
-        targets: [n, ...], of the samples asked about.
-        points: w [b, d] of the micro-batch with their graph, if this is its last question.
+        probes: what was asked.
+        batch: the samples asked about.
+        whole: the micro-batch, if this is its last question.
     """
 
     estimator: zo.Estimator
-    targets: Tensor
-    points: Tensor | None
+    probes: Probes
+    batch: Batch
+    whole: _Pass | None
+
+    @property
+    def owners(self) -> Tensor:
+        """The sample of each row, [rows], int64."""
+        return torch.arange(len(self.batch)).repeat_interleave(torch.from_numpy(self.probes.row_counts))
+
+    def bases(self, rows: Tensor) -> Tensor:
+        """Answers [rows, k] -> those at the points themselves, [n, k]: asked for where differences are forward, and the
+        mean of antithetic pairs, but for O(mu^2), where they are central; NaN for a sample without rows."""
+        if self.probes.difference == "forward":
+            return rows[torch.from_numpy(self.probes.starts)]
+        counts = torch.from_numpy(self.probes.row_counts)
+        sums = rows.new_zeros(len(counts), rows.shape[1]).index_add_(0, self.owners, rows)
+        return torch.where(counts.unsqueeze(1) > 0, sums / counts.unsqueeze(1), torch.nan)
+
+
+@dataclass(frozen=True)
+class _Told:
+    """A question's answer: gradient [n, d], losses [n], and what is used again: f' [n, k] and J [n, d, k]."""
+
+    gradient: Tensor
+    losses: Tensor
+    bases: Tensor
+    jacobians: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A micro-batch whose Jacobians may be used again: where they were taken, w [b, d] and f'(w) [b, k]."""
+
+    batch: Batch
+    points: Tensor
+    bases: Tensor
+    jacobians: Tensor
+
+
+def make_estimator(settings: EstimatorConfig, mu: float, generator: torch.Generator) -> zo.Estimator:
+    """The estimator that a configuration means, with probes of the step `mu`."""
+    options = zo.Options(settings.active, settings.scale, settings.spread, settings.jitter)
+    return zo.make(
+        settings.name, q=settings.q, mu=mu, difference=settings.difference, generator=generator, options=options
+    )
 
 
 class Estimation:
@@ -70,8 +158,10 @@ class Estimation:
         estimator: of the gradients; its own open question, if it has one, is left alone.
         objective: what the answers are held against.
         crew: asks.
-        query_rows: rows of a request, at most, where one sample does not take more.
-        micro_batch: samples that go through the stack at once; 0 for all of a step.
+        train: `query_rows`, rows of a request, at most, where one sample does not take more; `micro_batch`, `mse`,
+            `inner_steps` and `staleness`.
+        settings: what is differenced, and what becomes of it.
+        surrogate: guides the estimator, if it is `guided`.
     """
 
     def __init__(
@@ -81,58 +171,151 @@ class Estimation:
         estimator: zo.Estimator,
         objective: Objective,
         crew: Crew,
-        *,
-        query_rows: int,
-        micro_batch: int = 0,
+        train: TrainConfig,
+        settings: EstimatorConfig,
+        surrogate: Surrogate | None = None,
     ) -> None:
         self._stack, self._black_box, self._estimator, self._crew = stack, black_box, estimator, crew
-        self._objective = objective
-        self._probes_each = estimator.queries_per_sample(stack.dimension)
-        self._group = max(1, query_rows // self._probes_each)
-        self._micro_batch = micro_batch
+        self._objective, self._train, self._settings, self._surrogate = objective, train, settings, surrogate
+        self._group = max(1, train.query_rows // max(1, estimator.queries_per_sample(stack.dimension)))
+        self._keeps = train.inner_steps > 1
+        self._kept: list[_Kept] = []
 
-    def backpropagate(self, images: Tensor, targets: Tensor, label: str) -> StepResult:
+    def backpropagate(self, batch: Batch, label: str) -> StepResult:
         """Add d (mean loss) / d theta to the gradients of the stack's parameters.
 
         Args:
-            images: noisy ones [b, c, h, w].
-            targets: [b, ...], of the run's objective.
+            batch: the step's samples.
             label: names the step's requests within the run.
         """
-        rows = len(images) * self._probes_each
-        told: list[Tensor] = []  # of the micro-batch under way
+        self._kept = []
+        told: list[_Told] = []  # of the micro-batch under way
         norms: list[Tensor] = []
-        losses, quality = 0.0, 0.0
-        for question, logits in self._crew.in_order(self._questions(images, targets, label)):
-            n, p, _ = logits.shape
-            logits, aims = logits.flatten(0, 1), question.targets.repeat_interleave(p, dim=0)
-            values = self._objective.losses(logits, aims)
-            told.append(question.estimator.tell(values.view(n, p)))
+        sample_losses: list[Tensor] = []
+        losses, quality, rows = 0.0, 0.0, 0
+        for question, answers in self._crew.in_order(self._questions(batch, label)):
+            aims = question.batch.targets[question.owners]
+            values = self._objective.losses(answers, aims)
+            told.append(self._tell(question, answers, values))
             losses += float(values.sum())
-            quality += float(self._objective.quality(logits, aims).sum())
-            if question.points is not None:
-                gradient = torch.cat(told)
-                # d loss / d theta = (d w / d theta)^T g^, averaged over the batch.
-                (question.points * gradient).sum().div(len(images)).backward()
+            quality += float(self._objective.quality(answers, aims).sum())
+            rows += len(answers)
+            if question.whole is not None:
+                gradient = torch.cat([part.gradient for part in told])
+                self._backward(question.whole, gradient, len(batch))
                 norms.append(gradient.norm(dim=1))
+                sample_losses.extend(part.losses for part in told)
+                if self._keeps:
+                    self._keep(question.whole, told)
                 told.clear()
-        return StepResult(losses / rows, quality / rows, float(torch.cat(norms).mean()))
+        self._learn()
+        return StepResult(
+            losses / max(rows, 1),
+            quality / max(rows, 1),
+            float(torch.cat(norms).mean()),
+            torch.cat(sample_losses),
+            self._estimator.alignment.cosine if isinstance(self._estimator, zo.Guided) else None,
+        )
 
-    def _questions(
-        self, images: Tensor, targets: Tensor, label: str
-    ) -> Iterator[Callable[[], tuple[_Question, Tensor]]]:
+    def again(self) -> float:
+        """Add the gradients at the weights as they are now, of the same samples and by the same answers.
+
+            f'(w') ~ f'(w) + J^T (w' - w)    while |w' - w| <= staleness |w|
+
+        Returns:
+            The fraction of samples that still are that near, in 0..1; the others add nothing.
+        """
+        total = sum(len(kept.batch) for kept in self._kept)
+        fresh = 0
+        for kept in self._kept:
+            passed = self._passed(kept.batch)
+            moved = passed.points.detach() - kept.points
+            near = moved.norm(dim=1) <= self._train.staleness * kept.points.norm(dim=1)
+            if bool(near.any()):
+                answers = jacobian.predict(kept.jacobians, kept.bases, moved.double())
+                gradient = self._direction(kept.jacobians, answers, kept.batch.targets)
+                self._backward(passed, torch.where(near.unsqueeze(1), gradient, 0.0).to(passed.points), total)
+            fresh += int(near.sum())
+        return fresh / total if total else 0.0
+
+    def _passed(self, batch: Batch) -> _Pass:
+        denoised = self._stack.denoise(batch.noisy)
+        return _Pass(batch, self._stack.encode(denoised), denoised)
+
+    def _backward(self, passed: _Pass, gradient: Tensor, samples: int) -> None:
+        """dl/dtheta = (dw/dtheta)^T g^, weighted and averaged over the step's samples."""
+        weights = passed.batch.weights.to(passed.points).unsqueeze(1)
+        loss = (passed.points * gradient * weights).sum().div(samples)
+        if self._train.mse:
+            # mse |D(x~) - x|^2, per pixel, averaged alike
+            error = F.mse_loss(passed.denoised, passed.batch.clean)
+            loss = loss + self._train.mse * error * (len(passed.batch) / samples)
+        loss.backward()
+
+    def _keep(self, passed: _Pass, told: list[_Told]) -> None:
+        bases = torch.cat([part.bases for part in told]).double()
+        jacobians = torch.cat([part.jacobians for part in told if part.jacobians is not None])
+        known = torch.isfinite(bases).all(dim=1)
+        bases = torch.where(known.unsqueeze(1), bases, 0.0)  # one without rows has no Jacobian either
+        self._kept.append(_Kept(passed.batch, passed.points.detach(), bases, jacobians))
+
+    def _tell(self, question: _Question, answers: Tensor, losses: Tensor) -> _Told:
+        """What a question's answers [rows, k] and their losses [rows] say."""
+        targets, owners = question.batch.targets, question.owners
+        bases = question.bases(answers)
+        estimator, ragged = question.estimator, question.probes.counts is not None
+        shape = (-1,) if ragged else (question.probes.n, question.probes.p)
+        gauss_newton = self._settings.direction == "gauss-newton"
+        jacobians = None
+        if gauss_newton or self._keeps:
+            jacobians = copy.copy(estimator).derive(answers.view(*shape, answers.shape[1]))
+        values = losses
+        if self._settings.values == "answers":
+            # D_u l = (dl/df)^T D_u f: what is differenced is linear in the answers
+            slopes = torch.nan_to_num(self._objective.slopes(bases, targets))
+            values = (answers.double() * slopes[owners]).sum(dim=1)
+        gradient = estimator.tell(values.view(shape))
+        if jacobians is not None:
+            gradient = self._direction(jacobians, torch.nan_to_num(bases.double()), targets).to(gradient)
+        if self._surrogate is not None:
+            points = torch.from_numpy(question.probes.base)
+            rows = torch.from_numpy(question.probes.expand(0, len(question.probes)))
+            self._surrogate.remember(points, rows, owners, answers, bases)
+        return _Told(gradient, self._objective.losses(bases, targets), bases, jacobians)
+
+    def _direction(self, jacobians: Tensor, answers: Tensor, targets: Tensor) -> Tensor:
+        """dl/dw, or the Gauss-Newton direction, [n, d], float64, at answers [n, k]."""
+        slopes = self._objective.slopes(answers, targets)
+        if self._settings.direction == "gradient":
+            return jacobian.gradient(jacobians, slopes)
+        return jacobian.gauss_newton(jacobians, slopes, self._objective.root(answers), self._settings.damping)
+
+    def _learn(self) -> None:
+        if self._surrogate is not None:
+            self._surrogate.learn()
+        if isinstance(self._estimator, zo.Guided):
+            self._estimator.alignment.settle()
+
+    def _questions(self, batch: Batch, label: str) -> Iterator[Callable[[], tuple[_Question, Tensor]]]:
         """The step's questions in order, to be put to the oracle."""
-        size = self._micro_batch or len(images)
-        for first in range(0, len(images), size):
-            points = self._stack.front(images[first : first + size])
+        size = self._train.micro_batch or len(batch)
+        for first in range(0, len(batch), size):
+            part = batch.part(first, first + size)
+            passed = self._passed(part)
+            points = passed.points.detach()
+            guide = None
+            if self._surrogate is not None:
+                guide = self._surrogate.guide(points, part.targets, self._objective)
             for start in range(0, len(points), self._group):
                 stop = min(start + self._group, len(points))
                 estimator = self._estimator.fork()
-                probes = estimator.ask_factored(points[start:stop].detach())
-                question = _Question(
-                    estimator, targets[first + start : first + stop], points if stop == len(points) else None
-                )
-                yield self._asking(question, probes, f"{label}/{first + start}")
+                probes = estimator.ask_factored(points[start:stop], guide[start:stop] if guide is not None else None)
+                question = _Question(estimator, probes, part.part(start, stop), passed if stop == len(points) else None)
+                yield self._asking(question, f"{label}/{first + start}")
 
-    def _asking(self, question: _Question, probes: Probes, label: str) -> Callable[[], tuple[_Question, Tensor]]:
-        return lambda: (question, self._black_box.probed(probes, purpose=PURPOSE, label=label))
+    def _asking(self, question: _Question, label: str) -> Callable[[], tuple[_Question, Tensor]]:
+        def asked() -> tuple[_Question, Tensor]:
+            answers = self._black_box.probed(question.probes, purpose=PURPOSE, label=label)
+            return question, answers.view(len(question.probes), -1)
+
+        return asked

@@ -122,7 +122,7 @@ def read(run: Path) -> NoiseFloor:
 
 def queries(estimator: EstimatorConfig, images: int) -> int:
     """What a measurement costs with `images` training images to take its points from."""
-    if not estimator.zeroth_order or estimator.noise == "off":
+    if not estimator.differences or estimator.noise == "off":
         return 0
     directions = _DIRECTIONS[estimator.difference]
     slopes = noise.TRIALS * noise.slope_rows(estimator.difference, directions)
@@ -148,7 +148,7 @@ def step(config: RunConfig, run: Path, stack: Stack, images: ImageSet, oracle: O
         FiniteDifferencesUseless: see this module.
     """
     configured = config.estimator.mu
-    if config.estimator.noise == "off":
+    if config.estimator.noise == "off" or not config.estimator.differences:
         return configured
     finding = read(run).finding
     if finding is None and started:
@@ -297,9 +297,9 @@ def _points(stack: Stack, images: ImageSet, index: Tensor, sigma: float, generat
 
 
 def _directions(estimator: EstimatorConfig, count: int, d: int, generator: torch.Generator) -> Floats:
-    """Unit vectors [count, n, d] as the estimator probes along: on the sphere for RGE, coordinates for CGE."""
+    """Unit vectors [count, n, d] as the estimator probes along: coordinates for CGE, the sphere for the others."""
     shape = (count, _DIRECTIONS[estimator.difference])
-    if estimator.name == "rge":
+    if estimator.name not in ("cge", "active-cge"):
         return _sphere((*shape, d), generator)
     chosen = torch.randint(d, shape, generator=generator)
     return np.asarray(torch.nn.functional.one_hot(chosen, d).double().numpy())

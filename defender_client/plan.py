@@ -13,11 +13,12 @@ from pathlib import Path
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 
-from defender_client import attack, certify, checkpoints, labels, noise_floor, zo
+from defender_client import attack, certify, checkpoints, labels, noise_floor
 from defender_client.black_box import best_form
 from defender_client.checkpoints import CHECKPOINT_FILE, Progress
 from defender_client.config import AttackConfig, RunConfig
 from defender_client.data import gaussian
+from defender_client.estimation import make_estimator
 from defender_client.oracle import Oracle, OracleInfo
 from defender_client.pretrain import fresh_stack
 from defender_client.query_log import LOG_FILE, QueryLog
@@ -25,7 +26,7 @@ from defender_client.request_key import RequestKey
 from defender_client.stack import StackSpec
 from shared.wire.errors import NotFound
 
-_FLOAT32, _SEED = 4, 8  # bytes
+_FLOAT32, _INT64 = 4, 8  # bytes
 _TRIAL_SECONDS = 1.0
 
 
@@ -158,27 +159,34 @@ def _bytes_up(
     point = image if spec.autoencoder is None else spec.autoencoder.latent * _FLOAT32
     best = best_form(spec, info)
     train, certify_ = ({"auto": best}.get(form, form) for form in (config.train.query_form, config.certify.query_form))
-    seed = _SEED if config.estimator.name == "rge" else 0
     training = 0
     if config.estimator.zeroth_order:
-        training = queries * image if train == "images" else samples * (point + seed)
+        along = _directions_bytes(config, point)
+        training = queries * image if train == "images" else samples * (point + along)
     checking = checks * (point if train == "merged" else image)
     return training + checking + certification * (point if certify_ == "merged" else image) + others * image
 
 
+def _directions_bytes(config: RunConfig, point: int) -> int:
+    """Bytes that say where one sample is probed, at most; `point` are those of a point."""
+    name = config.estimator.name
+    if name == "rge":
+        return _INT64  # a seed
+    if name == "cge":
+        return 0  # the same for all
+    if name == "active-cge":
+        return (point // _FLOAT32 + 1) * _INT64
+    return max(config.estimator.q, 1) * point
+
+
 def queries_per_sample(config: RunConfig, spec: StackSpec) -> int:
-    """What one training sample costs: the estimator's own statement; nothing where no query makes the gradient."""
+    """What one training sample costs, or costs at most: the estimator's own statement; nothing where no query makes the
+    gradient."""
     estimator = config.estimator
     if not estimator.zeroth_order:
         return 0
     dimension = spec.autoencoder.latent if spec.autoencoder is not None else math.prod(spec.image_shape)
-    made = zo.make(
-        estimator.name,
-        q=estimator.q,
-        mu=estimator.mu,
-        difference=estimator.difference,
-        generator=torch.Generator(),
-    )
+    made = make_estimator(estimator, estimator.mu, torch.Generator())
     return made.queries_per_sample(dimension)
 
 

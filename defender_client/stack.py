@@ -59,7 +59,10 @@ class Stack(nn.Module):
 
     def front(self, images: Tensor) -> Tensor:
         """w = Enc(D(x)) [b, d] of images [b, c, h, w]; the part that is trained."""
-        denoised = self.denoise(images)
+        return self.encode(self.denoise(images))
+
+    def encode(self, denoised: Tensor) -> Tensor:
+        """w [b, d] of denoised images [b, c, h, w]."""
         points = denoised if self.autoencoder is None else self.autoencoder.encode(denoised)
         return points.flatten(1)
 

@@ -38,8 +38,8 @@ from defender_client.appending import drop_lines_from
 from defender_client.black_box import BlackBox
 from defender_client.checkpoints import CHECKPOINT_FILE, CheckpointError, Progress
 from defender_client.config import ConfigError, RunConfig, TrainConfig
-from defender_client.data import Splits, epoch_order, gaussian
-from defender_client.estimation import Estimation, StepResult
+from defender_client.data import Splits, gaussian
+from defender_client.estimation import Batch, Estimation, StepResult, make_estimator
 from defender_client.first_order import FirstOrder
 from defender_client.in_flight import Crew
 from defender_client.labels import oracle_answers
@@ -47,7 +47,9 @@ from defender_client.objective import OF_TASK, STABILITY, Objective
 from defender_client.oracle import Oracle, WaitGivenUp
 from defender_client.pretrain import pretrain
 from defender_client.progress import meter
+from defender_client.sampling import Sampler
 from defender_client.stack import Stack, StackSpec
+from defender_client.surrogate import Surrogate
 from defender_client.whitebox import COMPARED, WhiteBox, compare
 from shared.augmentation import augment
 
@@ -58,14 +60,17 @@ CURVE_FILE = "training.jsonl"
 class Gradients(Protocol):
     """Where a step's gradients come from."""
 
-    def backpropagate(self, images: Tensor, targets: Tensor, label: str) -> StepResult:
+    def backpropagate(self, batch: Batch, label: str) -> StepResult:
         """Add d (mean loss) / d theta to the gradients of the stack's parameters.
 
         Args:
-            images: noisy ones [b, c, h, w].
-            targets: [b, ...], of the run's objective.
+            batch: the step's samples.
             label: names the step's requests within the run.
         """
+
+    def again(self) -> float:
+        """Add the gradients at the weights as they are now, from the same answers; the fraction of samples for which
+        these still serve."""
 
 
 def train(
@@ -158,32 +163,33 @@ class _Trainer:
             name: torch.Generator().manual_seed(config.seed * 7 + offset)
             for offset, name in enumerate(("noise", "probes"), start=1)
         }
+        self._surrogate = self._new_surrogate() if config.estimator.guided else None
+        self._estimator: zo.Estimator | None = None
         self._gradients = self._first_order(whitebox) if whitebox is not None else self._zeroth_order(mu)
+        self._sampler = Sampler(len(splits.train), config.train, config.seed)
         self._progress = Progress()
         self._optimizer = self._new_optimizer(0)
 
     def _first_order(self, whitebox: WhiteBox) -> Gradients:
-        micro_batch = self._config.train.micro_batch
-        return FirstOrder(self._stack, whitebox.module, self._objective, micro_batch=micro_batch)
+        train = self._config.train
+        return FirstOrder(self._stack, whitebox.module, self._objective, micro_batch=train.micro_batch, mse=train.mse)
 
     def _zeroth_order(self, mu: float) -> Gradients:
-        estimator, settings = self._config.estimator, self._config.train
-        made = zo.make(
-            estimator.name,
-            q=estimator.q,
-            mu=mu,
-            difference=estimator.difference,
-            generator=self._generators["probes"],
-        )
+        self._estimator = make_estimator(self._config.estimator, mu, self._generators["probes"])
         return Estimation(
             self._stack,
             self._black_box,
-            made,
+            self._estimator,
             self._objective,
             self._crew,
-            query_rows=settings.query_rows,
-            micro_batch=settings.micro_batch,
+            self._config.train,
+            self._config.estimator,
+            self._surrogate,
         )
+
+    def _new_surrogate(self) -> Surrogate:
+        answers = self._oracle.info.classes
+        return Surrogate(self._config.surrogate, self._stack.dimension, answers, self._config.seed)
 
     def run(self, checkpoint: checkpoints.Checkpoint | None) -> None:
         """All epochs that are left; KeyboardInterrupt where a signal ended them."""
@@ -208,9 +214,8 @@ class _Trainer:
             for epoch in range(done.epoch, settings.total_epochs(count)):
                 if optimizer_kind(settings, epoch, count) is not type(self._optimizer):
                     self._optimizer = self._new_optimizer(epoch)
-                order = epoch_order(count, self._config.seed, epoch).split(settings.batch)
                 for batch in range(self._progress.batch, min(batches, steps - epoch * batches)):
-                    result = self._step(order[batch], epoch)
+                    result = self._step(epoch)
                     self._progress = replace(
                         self._progress, step=self._progress.step + 1, batch=batch + 1, queries=self._oracle.cost
                     )
@@ -218,8 +223,9 @@ class _Trainer:
                         self._save()
                     self._record(board, "train", result)
                     meter_.advance(
-                        len(order[batch]),
-                        f"loss {result.loss:.3f}, {self._objective.quality_name} {result.quality:.3f}",
+                        settings.samples(self._progress.step, count) - settings.samples(self._progress.step - 1, count),
+                        f"loss {result.loss:.3f}, {self._objective.quality_name} {result.quality:.3f}"
+                        + (f", surrogate's cosine {result.cosine:.2f}" if result.cosine is not None else ""),
                         spent=self._oracle.log.total,
                         left=self._oracle.remaining,
                     )
@@ -227,17 +233,27 @@ class _Trainer:
                         raise KeyboardInterrupt
                 self._end_epoch(epoch, board)
 
-    def _step(self, index: Tensor, epoch: int) -> StepResult:
-        """One optimizer step on the training images at `index`."""
+    def _step(self, epoch: int) -> StepResult:
+        """One step's queries, and as many optimizer steps as they serve."""
         config = self._config
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate(config.train, epoch, self._progress.batch, len(self._splits.train))
         self._stack.train()
-        clean = augment(self._splits.train.floats(index), config.data.augment, self._generators["noise"])
+        chosen, weights = self._sampler.batch(epoch, self._progress.batch)
+        clean = augment(self._splits.train.floats(chosen), config.data.augment, self._generators["noise"])
+        draws = config.train.draws
+        clean, index, weights = (values.repeat_interleave(draws, dim=0) for values in (clean, chosen, weights))
         noisy = gaussian(clean, config.sigma, self._generators["noise"])
+        batch = Batch(noisy, clean, self._targets["train"][index], weights)
         self._optimizer.zero_grad()
-        result = self._gradients.backpropagate(noisy, self._targets["train"][index], f"train/{self._progress.step}")
+        result = self._gradients.backpropagate(batch, f"train/{self._progress.step}")
         self._optimizer.step()
+        for _ in range(config.train.inner_steps - 1):
+            self._optimizer.zero_grad()
+            if not self._gradients.again():
+                break
+            self._optimizer.step()
+        self._sampler.tell(index, result.losses)
         return result
 
     def _end_epoch(self, epoch: int, board: SummaryWriter) -> None:
@@ -277,7 +293,7 @@ class _Trainer:
         for answers, targets in self._crew.in_order(self._validations(epoch, generator)):
             losses += float(self._objective.losses(answers, targets).sum())
             quality += float(self._objective.quality(answers, targets).sum())
-        return StepResult(losses / len(validation), quality / len(validation), 0.0)
+        return StepResult(losses / len(validation), quality / len(validation), 0.0, torch.empty(0))
 
     def _validations(self, epoch: int, generator: torch.Generator) -> Iterator[Callable[[], tuple[Tensor, Tensor]]]:
         """Batches of noisy validation images to be asked about: answers [n, k] and targets [n, ...]."""
@@ -297,6 +313,8 @@ class _Trainer:
         if what == "train":
             board.add_scalar("train/gradient_norm", result.gradient_norm, step)
             board.add_scalar("queries/spent", self._oracle.cost, step)
+            if result.cosine is not None:
+                board.add_scalar("train/surrogate_cosine", result.cosine, step)
 
     def _new_optimizer(self, epoch: int) -> torch.optim.Optimizer:
         settings = self._config.train
@@ -307,7 +325,19 @@ class _Trainer:
 
     def _save(self) -> None:
         states = {name: generator.get_state() for name, generator in self._generators.items()}
-        checkpoints.save(self._run / CHECKPOINT_FILE, self._progress, self._stack, self._optimizer, states)
+        checkpoints.save(
+            self._run / CHECKPOINT_FILE, self._progress, self._stack, self._optimizer, states, self._beside()
+        )
+
+    def _beside(self) -> dict[str, Tensor]:
+        """What some runs have beside the stack: a surrogate, what is known of it, the images' losses."""
+        tensors = {f"sampler.{name}": value for name, value in self._sampler.state().items()}
+        if self._surrogate is not None:
+            tensors |= {f"surrogate.{name}": value for name, value in self._surrogate.state().items()}
+        if isinstance(self._estimator, zo.Guided):
+            alignment = self._estimator.alignment.state()
+            tensors |= {f"alignment.{name}": torch.tensor(value).double() for name, value in alignment.items()}
+        return tensors
 
     def _restore(self, checkpoint: checkpoints.Checkpoint) -> None:
         self._progress = checkpoint.progress
@@ -318,6 +348,12 @@ class _Trainer:
             self._optimizer.load_state_dict(checkpoint.optimizer)
             for name, generator in self._generators.items():
                 generator.set_state(checkpoint.generators[name])
+            self._sampler.restore(checkpoint.beside_of("sampler"))
+            if self._surrogate is not None:
+                self._surrogate.restore(checkpoint.beside_of("surrogate"))
+            if isinstance(self._estimator, zo.Guided):
+                known = {name: float(value) for name, value in checkpoint.beside_of("alignment").items()}
+                self._estimator.alignment.restore(known)
         except (RuntimeError, ValueError, KeyError) as error:
             raise CheckpointError(f"{self._run / CHECKPOINT_FILE} belongs to another run: {error}") from None
 

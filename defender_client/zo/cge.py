@@ -6,11 +6,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from defender_client.zo.base import Estimator, StepVanished
+from defender_client.zo.base import StepVanished
+from defender_client.zo.even import EvenEstimator
 from shared.wire.probes import Coordinates, Probes
 
 
-class CGE(Estimator):
+class CGE(EvenEstimator):
     """Every coordinate in turn ("CGE" of Zhang et al., ICLR 2022: forward; their public code: central).
 
         forward:  g = sum_i [l(w + mu e_i) - l(w)] / mu             e_i       d + 1 queries per sample
@@ -21,7 +22,7 @@ class CGE(Estimator):
 
     name = "cge"
 
-    def _directions_per_sample(self, dimension: int) -> int:
+    def directions_per_sample(self, dimension: int) -> int:
         return dimension
 
     def _steps(self, points: Tensor) -> Tensor:
@@ -49,3 +50,6 @@ class CGE(Estimator):
     def _gradient(self, differences: Tensor, steps: Tensor) -> Tensor:
         # g_i = [l difference]_i / s_i, with the realised step s_i: (w + mu e_i)_i - w_i, or between both probes.
         return differences / steps.double()
+
+    def _projection(self, differences: Tensor, steps: Tensor) -> Tensor:
+        return self._gradient(differences, steps)

@@ -6,12 +6,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from defender_client.zo.base import MU, Description, Difference, Estimator, StepVanished
+from defender_client.zo.base import MU, Description, Difference, StepVanished
+from defender_client.zo.even import EvenEstimator
 from shared.wire.directions import unit_directions
 from shared.wire.probes import Seeds
 
 
-class RGE(Estimator):
+class RGE(EvenEstimator):
     """Random directions, uniform on the unit sphere, drawn anew for every sample ("RGE" of Zhang et al., ICLR 2022).
 
         forward:  g = (1/q) sum_i (d/mu)     [l(w + mu u_i) - l(w)]           u_i       q + 1 queries per sample
@@ -44,7 +45,7 @@ class RGE(Estimator):
     def description(self) -> Description:
         return Description(self.name, self.mu, self.difference, self.q)
 
-    def _directions_per_sample(self, dimension: int) -> int:
+    def directions_per_sample(self, dimension: int) -> int:
         return self.q
 
     def _steps(self, points: Tensor) -> Tensor:
@@ -72,3 +73,6 @@ class RGE(Estimator):
         d = s.shape[2]
         weights = d * differences / s.square().sum(dim=2)
         return torch.matmul(weights.unsqueeze(1), s).squeeze(1) / self.q
+
+    def _projection(self, differences: Tensor, steps: Tensor) -> Tensor:
+        raise ValueError("rge's directions are not orthogonal, and their span is not worth a Jacobian: use orthonormal")
