@@ -242,6 +242,10 @@ class RunConfig(_Section):
     def _trainable(self) -> RunConfig:
         if self.estimator.name != "none" and self.denoiser.architecture == "none":
             raise ValueError("there is nothing to train without a denoiser: set estimator.name=none too")
+        if self.estimator.active and self.autoencoder.architecture == "none":
+            raise ValueError("estimator.active leaves out what the encoder's ReLU holds at zero: there is no encoder")
+        if self.train.inner_steps > 1 and self.estimator.name in ("rge", "distil", "fo", "none"):
+            raise ValueError(f"train.inner_steps uses a Jacobian again, and {self.estimator.name} has none")
         if self.task == "reconstruction" and self.data.augment != "none":
             raise ValueError(
                 "data.augment: a back-projection that is flipped or cropped is none; a reconstruction's is 'none'"

@@ -153,23 +153,31 @@ def _training_images(job: Job) -> int:
     return len(load_splits(job.config.data, job.data, job.config.seed).train)
 
 
-def _begin_alike(job: Job) -> None:
-    """Pre-train once for all runs that begin alike: the same seed, data and stack."""
-    config, target = job.config, job.run / PRETRAINED_FILE
+def pretrained(job: Job) -> Path:
+    """The pre-trained stack of all runs that begin alike, by seed, data and stack; made if it is not there."""
+    config = job.config
     if job.pretrain_seed is not None:
         config = config.model_copy(update={"seed": job.pretrain_seed})
-    if target.exists() or config.denoiser.architecture == "none":
-        return
     parts = (config.seed, config.sigma, config.data, config.denoiser, config.autoencoder, config.pretrain)
     said = json.dumps([part if isinstance(part, int | float) else part.model_dump() for part in parts], sort_keys=True)
     shared = job.pretrained / hashlib.sha256(said.encode()).hexdigest()[:16]
     with _timed(shared, "pretraining"):
-        made = jobs.pretrain_job(config, shared, job.data) if not (shared / PRETRAINED_FILE).exists() else None
+        if not (shared / PRETRAINED_FILE).exists():
+            jobs.pretrain_job(config, shared, job.data)
+    return shared / PRETRAINED_FILE
+
+
+def _begin_alike(job: Job) -> None:
+    """Begin with the stack that is pre-trained once for all runs like this one."""
+    target = job.run / PRETRAINED_FILE
+    if target.exists() or job.config.denoiser.architecture == "none":
+        return
+    made = pretrained(job)
     job.run.mkdir(parents=True, exist_ok=True)
     partial = target.with_suffix(".tmp")
-    shutil.copyfile(made or shared / PRETRAINED_FILE, partial)
+    shutil.copyfile(made, partial)
     os.replace(partial, target)
-    _write(job.run / _TIMES, {"pretraining": _read(shared / _TIMES).get("pretraining", 0.0)})
+    _write(job.run / _TIMES, {"pretraining": _read(made.parent / _TIMES).get("pretraining", 0.0)})
 
 
 def certify_like(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:

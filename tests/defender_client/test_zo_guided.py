@@ -47,7 +47,9 @@ def test_squared_cosine_of_the_projection(q: int, a: float) -> None:
     """a^2 + (1 - a^2) (q - 1) / (d - 1)    (Cheng et al. 2019)."""
     gradient, loss = linear(D)
     draws = 4000
-    result = estimate(Prior(q, difference="central", generator=seeded()), origin(draws), loss, guess(gradient, a, draws))
+    result = estimate(
+        Prior(q, difference="central", generator=seeded()), origin(draws), loss, guess(gradient, a, draws)
+    )
     squared = cosines(result, gradient).square()
     expected = a**2 + (1 - a**2) * (q - 1) / (D - 1)
     assert float(squared.mean()) == pytest.approx(expected, abs=4 * float(squared.std()) / math.sqrt(draws) + 1e-6)
@@ -143,9 +145,7 @@ def test_what_is_asked_factored_is_the_same_to_the_bit(
     kind: Callable[..., Guided], difference: Difference, spread: str
 ) -> None:
     points, guide = rectified(6, 9), torch.randn(6, 9, generator=seeded(2))
-    dense, factored = (
-        kind(2, difference=difference, generator=seeded(), active=True, spread=spread) for _ in range(2)
-    )
+    dense, factored = (kind(2, difference=difference, generator=seeded(), active=True, spread=spread) for _ in range(2))
     for _ in range(2):
         probes, asked = dense.ask(points, guide), factored.ask_factored(points, guide)
         assert torch.equal(rows_of(probes), torch.from_numpy(asked.expand(0, len(asked))))

@@ -117,9 +117,7 @@ def test_squared_cosine_is_q_over_d_and_the_cosine_is_a_ratio_of_gammas(q: int, 
     a, b = q / 2, (d - q) / 2
     deviation = math.sqrt(a * b / ((a + b) ** 2 * (a + b + 1)) / draws)
     assert float(cosine.square().mean()) == pytest.approx(q / d, abs=4 * deviation)
-    expected = math.exp(
-        math.lgamma((q + 1) / 2) + math.lgamma(d / 2) - math.lgamma(q / 2) - math.lgamma((d + 1) / 2)
-    )
+    expected = math.exp(math.lgamma((q + 1) / 2) + math.lgamma(d / 2) - math.lgamma(q / 2) - math.lgamma((d + 1) / 2))
     assert float(cosine.mean()) == pytest.approx(expected, abs=4 * float(cosine.std()) / math.sqrt(draws))
 
 

@@ -1,0 +1,132 @@
+"""The frontier as Markdown, JSON and a picture."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import matplotlib
+
+from benchmarks.frontier.quality import Quality
+from benchmarks.frontier.variants import BY_NAME, VARIANTS
+from benchmarks.measuring import table
+from benchmarks.table.columns import RADII
+from benchmarks.table.runs import Row
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+Rows = Mapping[str, Mapping[int, Mapping[int, Row]]]
+"""By variant, budget and seed."""
+
+_SHOWN = 3  # radii in the picture
+
+
+def write(out: Path, rows: Rows, qualities: Sequence[Quality], heading: str) -> None:
+    """`frontier.md`, `frontier.json` and `frontier.png` in `out`."""
+    text = "\n\n".join([f"```\n{heading}\n```", _accuracies(rows), _qualities(qualities)]) + "\n"
+    (out / "frontier.md").write_text(text, encoding="utf-8")
+    values = {
+        "rows": {
+            name: {budget: {seed: asdict(row) for seed, row in seeds.items()} for budget, seeds in budgets.items()}
+            for name, budgets in rows.items()
+        },
+        "quality": [asdict(quality) for quality in qualities],
+    }
+    (out / "frontier.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    _picture(rows, out / "frontier.png")
+
+
+def _accuracies(rows: Rows) -> str:
+    lines = []
+    for name, budgets in _in_order(rows):
+        for _, seeds in sorted(budgets.items()):
+            found = list(seeds.values())
+            lines.append(
+                [
+                    BY_NAME[name].title,
+                    f"{statistics.mean(row.training_queries for row in found):,.0f}",
+                    f"{statistics.mean(row.other_queries for row in found):,.0f}",
+                    f"{statistics.mean(row.samples for row in found):,.0f}",
+                    *(_over(found, lambda row, i=i: row.accuracy[i]) for i in range(len(RADII))),  # type: ignore[misc]
+                    _over(found, lambda row: row.quality),
+                    str(len(found)),
+                ]
+            )
+    head = [
+        "certified accuracy, %",
+        "training queries",
+        "other queries",
+        "samples",
+        "r = 0",
+        *(f"{r:g}" for r in RADII[1:]),
+        "validation agreement",
+        "seeds",
+    ]
+    return table(head, lines)
+
+
+def _qualities(qualities: Sequence[Quality]) -> str:
+    lines = [
+        [
+            BY_NAME[quality.variant].title,
+            f"{quality.budget:,}",
+            f"{quality.queries:.1f}",
+            f"{quality.cosine:.3f}",
+            f"{quality.norm_ratio:.2f}",
+            f"{quality.batch_cosine:.3f}",
+            f"{quality.cosine**2 / quality.queries:.4f}",
+        ]
+        for quality in sorted(qualities, key=lambda quality: (list(BY_NAME).index(quality.variant), quality.budget))
+    ]
+    head = ["estimates at a run's end", "its budget", "queries a sample", "cosine", "norm ratio", "batch cosine"]
+    return table([*head, "cosine^2 a query"], lines) if lines else "No estimates yet."
+
+
+def _picture(rows: Rows, path: Path) -> None:
+    figure, panels = plt.subplots(1, _SHOWN, figsize=(13.0, 4.6), layout="constrained")
+    for panel, radius in zip(panels, range(_SHOWN), strict=True):
+        for number, variant in enumerate(VARIANTS):
+            budgets = rows.get(variant.name)
+            if not budgets:
+                continue
+            points = []
+            for seeds in budgets.values():
+                values = [100 * (row.accuracy[radius] or 0.0) for row in seeds.values()]
+                spent = statistics.mean(row.training_queries for row in seeds.values())
+                points.append((spent, statistics.mean(values), min(values), max(values)))
+            points.sort()
+            x, mean, low, high = (list(column) for column in zip(*points, strict=True))
+            colour = f"C{number % 10}"
+            if not variant.queries:
+                panel.axhline(
+                    mean[0], color="grey", ls=":" if "ae" in variant.name else "--", lw=1, label=variant.title
+                )
+                continue
+            style = "-" if number < 10 else "--"
+            panel.plot(x, mean, style, marker="o", ms=3, color=colour, label=variant.title)
+            panel.fill_between(x, low, high, color=colour, alpha=0.12, lw=0)
+        panel.set(xscale="log", xlabel="training queries", title=f"certified at r = {RADII[radius]:g}")
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("certified accuracy, %")
+    handles, labels = panels[0].get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _in_order(rows: Rows) -> list[tuple[str, Mapping[int, Mapping[int, Row]]]]:
+    return [(variant.name, rows[variant.name]) for variant in VARIANTS if variant.name in rows]
+
+
+def _over(rows: Sequence[Row], value: Callable[[Row], float | None]) -> str:
+    """Mean in %, and the range where there are several."""
+    values = [found for row in rows if (found := value(row)) is not None]
+    if len(values) < len(rows) or not values:
+        return "-"
+    mean = f"{100 * statistics.mean(values):.1f}"
+    return mean if len(values) == 1 else f"{mean} ({100 * min(values):.1f} to {100 * max(values):.1f})"
