@@ -8,6 +8,8 @@ Who merges it, and what travels, is settled with the oracle once, in the best fo
     factored   there is no decoder: probes of pixels travel as what they are made of
     images     the rows themselves, decoded here: any server of the protocol takes them
 
+Where the oracle reads no ragged batches, their rows are sent one by one: latents where it has the decoder, else images.
+
 The rows that are paid for are the same. What is decoded there may differ from what is decoded here by float32 rounding.
 """
 
@@ -23,7 +25,7 @@ from torch import Tensor
 
 from defender_client.config import ConfigError, Form
 from defender_client.oracle import Oracle, OracleInfo
-from defender_client.questions import Factored, Images, Latents
+from defender_client.questions import Factored, Images, Latents, Question
 from defender_client.stack import Stack, StackSpec
 from shared.models.decoder import DecoderError, decoder_of, write
 from shared.wire.probes import Probes
@@ -62,34 +64,43 @@ class BlackBox:
     def logits(self, points: Tensor, *, purpose: str, label: str) -> Tensor:
         """Logits [n, k] of f' at points [n, d]; n queries."""
         if self._decoder is not None:
-            asked = Latents(points.numpy(), self._decoder)
-            return torch.from_numpy(self._oracle.ask(asked, purpose=purpose, label=label))
+            return torch.from_numpy(self._oracle.ask(self._each(points), purpose=purpose, label=label))
         whole = len(points) <= self._query_rows
         labels = iter([label]) if whole else (f"{label}/{piece}" for piece in itertools.count())
         return self._in_pieces(len(points), lambda start, stop: points[start:stop], purpose, labels)
 
     @torch.no_grad()
     def probed(self, probes: Probes, *, purpose: str, label: str) -> Tensor:
-        """Logits [n, p, k] of f' at an estimator's probes; n p queries."""
-        if self.form == "images":
+        """Logits of f' at an estimator's probes, a query each: [n, p, k], or [rows, k] of ragged ones, where those of
+        point i begin at `probes.starts[i]`."""
+        ragged = probes.counts is not None
+        if ragged and not len(probes):
+            return torch.empty(0, self._oracle.info.classes)  # nothing is asked
+        if self.form == "images" or (ragged and not self._oracle.info.counts):
             pieces = (f"{label}/{piece}" for piece in itertools.count())
             logits = self._in_pieces(len(probes), lambda a, b: torch.from_numpy(probes.expand(a, b)), purpose, pieces)
         else:
             logits = torch.from_numpy(
                 self._oracle.ask(Factored(probes, self._decoder), purpose=purpose, label=f"{label}/0")
             )
-        return logits.view(probes.n, probes.p, -1)
+        return logits if ragged else logits.view(probes.n, probes.p, -1)
 
     def _in_pieces(
         self, count: int, points: Callable[[int, int], Tensor], purpose: str, labels: Iterator[str]
     ) -> Tensor:
-        """Logits [count, k] of points that are made, decoded and asked about in pieces, so that memory is bounded by
-        query_rows and not by their number."""
+        """Logits [count, k] of points that are made, decoded (unless the oracle does it) and asked about in pieces, so
+        that memory is bounded by query_rows and not by their number."""
         answers = []
         for start in range(0, count, self._query_rows):
-            images = Images(self._stack.back(points(start, min(start + self._query_rows, count))).numpy())
-            answers.append(self._oracle.ask(images, purpose=purpose, label=next(labels)))
+            asked = self._each(points(start, min(start + self._query_rows, count)))
+            answers.append(self._oracle.ask(asked, purpose=purpose, label=next(labels)))
         return torch.from_numpy(answers[0] if len(answers) == 1 else np.concatenate(answers))
+
+    def _each(self, points: Tensor) -> Question:
+        """Points [m, d], each of them sent."""
+        if self._decoder is None:
+            return Images(self._stack.back(points).numpy())
+        return Latents(points.numpy(), self._decoder)
 
 
 def best_form(spec: StackSpec, info: OracleInfo) -> Settled:

@@ -41,6 +41,7 @@ class OracleInfo(BaseModel):
         row_limit: the largest number of rows in one request, if it says so, whatever their size.
         body_limit: the largest request, in bytes, if it says so.
         factored: whether it reads factored batches (`shared.wire.probes`).
+        counts: whether these may be ragged, with a number of directions for each point.
         decoders: whether a decoder can be registered with it, and merged into its model.
         task: what it answers with: scores of classes, or a reconstruction. What follows is None for a classifier.
         output_shape: (c, h, w) of a reconstruction.
@@ -56,6 +57,7 @@ class OracleInfo(BaseModel):
     row_limit: _Count | None = None
     body_limit: _Count | None = None
     factored: bool = False
+    counts: bool = False
     decoders: bool = False
     task: protocol.Task = "classification"
     output_shape: tuple[_Count, _Count, _Count] | None = None

@@ -116,18 +116,20 @@ class Factored:
         return len(self.probes) if self.part is None else self.part[1] - self.part[0]
 
     def take(self, start: int, stop: int) -> Factored:
-        offset, p = self.part[0] if self.part else 0, self.probes.p
-        start, stop = offset + start, offset + stop
-        # Base points that have no row in it are not sent.
-        first, last = start // p, -(-stop // p)
-        whole = start % p == 0 and stop % p == 0
-        part = None if whole else (start - first * p, stop - first * p)
-        return Factored(self.probes.of(first, last), self.decoder, part)
+        offset = self.part[0] if self.part else 0
+        # Base points that have no row in it are not sent, unless they lie between others.
+        first, skipped = self.probes.locate(offset + start)
+        last, row = self.probes.locate(offset + stop - 1)
+        whole = skipped == 0 and row + 1 == self.probes.rows_of(last)
+        part = None if whole else (skipped, skipped + stop - start)
+        return Factored(self.probes.of(first, last + 1), self.decoder, part)
 
     def fitting(self, info: OracleInfo, most: int) -> int:
-        rows, p = max(1, min(len(self), most, info.row_limit or info.max_rows)), self.probes.p
-        if self.part is None and rows >= p:
-            rows -= rows % p  # whole points, so that none is sent twice
+        rows = max(1, min(len(self), most, info.row_limit or info.max_rows))
+        if self.part is None:
+            point, row = self.probes.locate(rows - 1)
+            if row + 1 < self.probes.rows_of(point):
+                rows = rows - row - 1 or rows  # whole points, so that none is sent twice
         while rows > 1 and info.body_limit and _bytes(self.take(0, rows)) + HEADER_BYTES > info.body_limit:
             rows = max(1, rows // 2)
         return rows
@@ -143,7 +145,8 @@ class Factored:
         return codec.encode_request(self.probes.inputs(), outputs=(output,), parameters=parameters)
 
     def answered(self, classes: int) -> tuple[int, ...]:
-        return (self.probes.n, self.probes.p, classes) if self.part is None else (len(self), classes)
+        uniform = self.part is None and self.probes.counts is None
+        return (self.probes.n, self.probes.p, classes) if uniform else (len(self), classes)
 
 
 def _bytes(question: Factored) -> int:

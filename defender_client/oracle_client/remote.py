@@ -449,6 +449,7 @@ def _read_info(url: str, metadata: protocol.ModelMetadata) -> OracleInfo:
         row_limit=row_limit,
         body_limit=body,
         factored=metadata.parameters.get(protocol.FACTORED_PARAMETER) is True,
+        counts=metadata.parameters.get(protocol.COUNTS_PARAMETER) is True,
         decoders=metadata.parameters.get(protocol.DECODERS_PARAMETER) is True,
         **_read_output(url, metadata),
     )

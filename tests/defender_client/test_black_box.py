@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -24,6 +25,7 @@ from defender_client.zo import Estimator, make
 from oracle_server.settings import Settings
 from shared.wire import protocol
 from shared.wire.errors import OracleError
+from shared.wire.probes import Along, Coordinates, Difference, Probes, Seeds
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +57,22 @@ class Plain(httpx.HTTPTransport):
         if request.url.path != protocol.METADATA_ROUTE:
             return response
         response.read()
-        document = response.json() | {"parameters": {}}
-        return httpx.Response(200, json=document)
+        document = response.json()
+        return httpx.Response(200, json=document | {"parameters": self.told(document["parameters"])})
+
+    def told(self, parameters: dict[str, Any]) -> dict[str, Any]:
+        return {}
+
+
+class Uniform(Plain):
+    """A server of before there were ragged batches, which refuses an input that it does not know."""
+
+    def told(self, parameters: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in parameters.items() if name != protocol.COUNTS_PARAMETER}
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        assert b'"counts"' not in request.read()
+        return super().handle_request(request)
 
 
 @pytest.mark.parametrize("name", ["cge", "rge"])
@@ -95,6 +111,70 @@ def test_probes_of_one_point_that_are_too_many_for_a_request_are_cut(merging: Ru
         dense = BlackBox(stack, oracle, 1000, "images").probed(probes, purpose="train", label="b")
     torch.testing.assert_close(whole, dense, rtol=0, atol=2e-5)
     assert spent(merging, caller) == 2 * 256
+
+
+def ragged(points: torch.Tensor, difference: Difference, *, counts: list[int], seeds: bool = False) -> Probes:
+    """Probes of points [n, d] along up to 7 directions each."""
+    n, d = points.shape
+    rng = np.random.default_rng(8)
+    axes = np.argsort(rng.random((n, d)), axis=1)[:, :7]
+    along: Along = Seeds(np.arange(n, dtype=np.uint64)) if seeds else Coordinates(axes)
+    return Probes(points.numpy(), np.full(7, 0.005, np.float32), along, difference, np.array(counts))
+
+
+@pytest.mark.parametrize("difference", ["forward", "central"])
+@pytest.mark.parametrize("settings", [(), PIXELS], ids=["latent", "pixels"])
+def test_ragged_probes_have_the_same_answers_and_cost_the_same_in_every_form(
+    merging: Running, tmp_path: Path, settings: tuple[str, ...], difference: Difference
+) -> None:
+    """Of up to 15 rows a point, with at most 100 to a request where they are factored, and 50 where they are not."""
+    stack = a_stack(tmp_path, *settings)
+    points = stack.front(torch.rand(25, 1, 8, 8, generator=torch.Generator().manual_seed(2))).detach()
+    counts = [0, 7, 3, 0, 1] * 4 + [7, 7, 0, 7, 0]
+    caller = merging.caller(100_000)
+    for seeds in (False, True):
+        asked = ragged(points, difference, counts=counts, seeds=seeds)
+        rows = sum(counts) + 25 if difference == "forward" else 2 * sum(counts)
+        found = {}
+        for transport, form in [(None, "auto"), (Uniform(), "auto"), (None, "images"), (Plain(), "auto")]:
+            with oracle_of(merging, caller, transport) as oracle:
+                box = BlackBox(stack, oracle, 50, form)
+                assert oracle.info.counts is (transport is None)
+                before = spent(merging, caller)
+                logits = box.probed(asked, purpose="train", label="a")
+                assert logits.shape == (rows, 10)
+                assert spent(merging, caller) - before == oracle.log.total == rows
+                found[type(transport).__name__, box.form] = logits
+        best = "factored" if settings else "merged"
+        assert set(found) == {("NoneType", best), ("Uniform", best), ("NoneType", "images"), ("Plain", "images")}
+        whole = found["NoneType", best]
+        assert torch.equal(found["Uniform", best], whole)
+        for logits in found.values():
+            torch.testing.assert_close(logits, whole, rtol=0, atol=2e-5)
+
+
+def test_the_answers_to_ragged_probes_are_those_to_the_uniform_ones(merging: Running, tmp_path: Path) -> None:
+    stack, caller = a_stack(tmp_path, *PIXELS), merging.caller(100_000)
+    some = ragged(torch.rand(6, 64, generator=torch.Generator().manual_seed(3)), "central", counts=[2, 0, 7, 1, 0, 3])
+    every = Probes(some.base, some.steps, some.along, some.difference)
+    with oracle_of(merging, caller) as oracle:
+        box = BlackBox(stack, oracle, 50)
+        whole = box.probed(every, purpose="train", label="a")
+        logits = box.probed(some, purpose="train", label="b")
+    for i, (start, rows) in enumerate(zip(some.starts, some.row_counts, strict=True)):
+        ahead, behind = logits[start : start + rows].chunk(2) if rows else (logits[:0], logits[:0])
+        assert torch.equal(ahead, whole[i, : rows // 2])
+        assert torch.equal(behind, whole[i, 7 : 7 + rows // 2])
+
+
+@pytest.mark.parametrize("form", ["auto", "images"])
+def test_probes_without_a_row_are_answered_unasked(merging: Running, tmp_path: Path, form: Form) -> None:
+    stack, caller = a_stack(tmp_path, *PIXELS), merging.caller(100)
+    with oracle_of(merging, caller) as oracle:
+        asked = ragged(torch.rand(3, 64), "central", counts=[0, 0, 0])
+        assert BlackBox(stack, oracle, 50, form).probed(asked, purpose="train", label="a").shape == (0, 10)
+        assert not oracle.log.requests
+    assert spent(merging, caller) == 0
 
 
 def test_an_oracle_of_the_plain_protocol_is_asked_about_images(merging: Running, tmp_path: Path) -> None:
