@@ -1,4 +1,4 @@
-"""Estimators with a guide, in closed form: what a guess of known quality is worth, and that a useless one costs nothing."""
+"""Estimators with a guide, in closed form: what a guess of known quality is worth; a useless one costs nothing."""
 
 from __future__ import annotations
 

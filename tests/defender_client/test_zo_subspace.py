@@ -50,7 +50,7 @@ def test_active_cge_asks_for_the_coordinates_that_are_not_zero_and_no_others(dif
 
 @both_differences
 def test_behind_a_relu_every_parameter_gets_the_gradient_of_cge(difference: Difference) -> None:
-    """dl/dtheta = (dw/dtheta)^T g with w = ReLU(...): the coordinates that CGE probes beyond the active ones are lost."""
+    """dl/dtheta = (dw/dtheta)^T g with w = ReLU(...): what CGE probes beyond the active coordinates is lost."""
     torch.manual_seed(0)
     encoder = nn.Sequential(nn.Linear(10, 24), nn.ReLU(), nn.Linear(24, 16), nn.ReLU()).double()
     images = torch.randn(32, 10, generator=seeded(), dtype=torch.float64)
@@ -122,7 +122,7 @@ def test_squared_cosine_is_q_over_d_and_the_cosine_is_a_ratio_of_gammas(q: int, 
 
 
 def test_antithetic_pairs_have_no_error_of_even_order() -> None:
-    """On a quadratic loss central differences are exact along each direction, forward ones are off by mu u^T H u / 2."""
+    """On a quadratic loss central differences are exact along a direction, forward ones are off by mu u^T H u / 2."""
     d, q = 10, 10
     matrix = torch.randn(d, d, generator=seeded(3), dtype=torch.float64)
     points = torch.randn(4, d, generator=seeded(4), dtype=torch.float64)
