@@ -355,23 +355,32 @@ def public_key(ledger: LedgerOption = DEFAULT_LEDGER, signing_key: SigningKey = 
         typer.echo(opened.identity.public_key)
 
 
+# Options of both trainings.
+Dataset = Annotated[str, typer.Option(help="digits (embedded), mnist, fashion-mnist, cifar10, stl10, npz or folder.")]
+Data = Annotated[Path | None, typer.Option(help="Directory of the data; not needed for digits.")]
+Out = Annotated[Path, typer.Option(help="The .safetensors file to write.")]
+Epochs = Annotated[int, typer.Option(min=1, help="Passes over the training images.")]
+Batch = Annotated[int, typer.Option(min=2, help="Images a step.")]
+Rate = Annotated[float, typer.Option(help="Highest learning rate of the one-cycle schedule.")]
+Validation = Annotated[int, typer.Option(min=1, help="Training images kept for choosing the best epoch.")]
+ImageSize = Annotated[int | None, typer.Option(help="Resize the images of a folder to this side.")]
+
+
 @app.command()
 def train_classifier(
-    out: Annotated[Path, typer.Option(help="The .safetensors file to write.")],
-    dataset: Annotated[
-        str, typer.Option(help="digits (embedded), mnist, fashion-mnist, cifar10, stl10, npz or folder.")
-    ] = "digits",
-    data: Annotated[Path | None, typer.Option(help="Directory of the data; not needed for digits.")] = None,
+    out: Out,
+    dataset: Dataset = "digits",
+    data: Data = None,
     model: Annotated[
         str, typer.Option(help="digits-cnn, small-cnn, cifar-resnet20..., or one of torchvision's.")
     ] = "small-cnn",
     noise_sigma: Annotated[float, typer.Option(min=0, help="Train under Gaussian noise, in units of [0, 1].")] = 0.0,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 30,
-    batch: Annotated[int, typer.Option(min=2, help="Images a step.")] = 64,
-    lr: Annotated[float, typer.Option(help="Highest learning rate of the one-cycle schedule.")] = 2e-3,
+    epochs: Epochs = 30,
+    batch: Batch = 64,
+    lr: Rate = 2e-3,
     seed: Annotated[int, typer.Option(help="Of the initial weights, the order and the noise.")] = 0,
-    validation: Annotated[int, typer.Option(min=1, help="Training images kept for choosing the best epoch.")] = 200,
-    image_size: Annotated[int | None, typer.Option(help="Resize the images of a folder to this side.")] = None,
+    validation: Validation = 200,
+    image_size: ImageSize = None,
     weights: Annotated[Path | None, typer.Option(help="Weights of the same model to start from.")] = None,
     augment: Annotated[str, typer.Option(help="none, flip, or crop-flip.")] = "none",
 ) -> None:
@@ -395,21 +404,19 @@ def train_classifier(
 
 @app.command()
 def train_reconstructor(
-    out: Annotated[Path, typer.Option(help="The .safetensors file to write.")],
-    dataset: Annotated[
-        str, typer.Option(help="digits (embedded), mnist, fashion-mnist, cifar10, stl10, npz or folder.")
-    ] = "digits",
-    data: Annotated[Path | None, typer.Option(help="Directory of the data; not needed for digits.")] = None,
+    out: Out,
+    dataset: Dataset = "digits",
+    data: Data = None,
     model: Annotated[str, typer.Option(help="small-reconstructor.")] = "small-reconstructor",
     rows: Annotated[
         int | None, typer.Option(min=1, help="Measurements of an image. [default: 576 of 784 pixels, as the paper]")
     ] = None,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 30,
-    batch: Annotated[int, typer.Option(min=2, help="Images a step.")] = 64,
-    lr: Annotated[float, typer.Option(help="Highest learning rate of the one-cycle schedule.")] = 2e-3,
+    epochs: Epochs = 30,
+    batch: Batch = 64,
+    lr: Rate = 2e-3,
     seed: Annotated[int, typer.Option(min=0, help="Of the measurements, the initial weights and the order.")] = 0,
-    validation: Annotated[int, typer.Option(min=1, help="Training images kept for choosing the best epoch.")] = 200,
-    image_size: Annotated[int | None, typer.Option(help="Resize the images of a folder to this side.")] = None,
+    validation: Validation = 200,
+    image_size: ImageSize = None,
 ) -> None:
     """Train a reconstructor to serve: it makes images of their linear measurements."""
     from oracle_server.training_reconstructor import ReconstructionPlan

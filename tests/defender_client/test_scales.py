@@ -11,7 +11,8 @@ from defender_client import scales
 from defender_client.config import ConfigError, TrainConfig, load_preset, preset_names
 from defender_client.stack import specify
 
-PAPER = [name for name in preset_names() if name != "demo" and not name.startswith("recon-")]
+OURS = {"demo", "zo-ae-ds", "distil-only"}
+PAPER = [name for name in preset_names() if name not in OURS and not name.startswith("recon-")]
 
 
 def test_full_is_the_paper_s_recipe() -> None:
