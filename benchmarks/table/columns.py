@@ -35,6 +35,8 @@ def _zo(title: str, preset: str, paper: tuple[float, float, float, float]) -> Co
 COLUMNS = (
     Column("undefended", "standard"),
     Column("RS", "rs", (76.44, 60.64, 41.19, 21.11), retrained=True),
+    Column("MSE only, DS", "mse-ds"),
+    Column("MSE only, AE-DS", "mse-ae-ds"),
     Column("FO-DS", "fo-ds", (71.80, 51.74, 30.22, 11.87), whitebox=True),
     Column("FO-AE-DS", "fo-ae-ds", (75.97, 59.12, 38.50, 18.18), whitebox=True),
     _zo("ZO-DS, RGE q = 20", "zo-ds-rge-q20", (19.50, 3.89, 0.60, 0.03)),

@@ -28,7 +28,7 @@ Certified = Mapping[str, Mapping[int, Sequence[certify.Row]]]
 """Certified images by preset and seed."""
 
 T = TypeVar("T")
-_COLOURS = ("black", *(f"C{number}" for number in range(10)))  # one for each column
+_COLOURS = ("black", "C0", "grey", "silver", *(f"C{number}" for number in range(1, 10)))  # one for each column
 _STYLES = {"zo-ds": "--", "zo-ae": "-", "fo-ds": ":", "fo-ae": "-."}
 
 
