@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,7 +16,7 @@ from benchmarks.frontier.quality import Quality, measure
 from benchmarks.frontier.variants import BY_NAME, Variant
 from benchmarks.measuring import Failed, heading
 from benchmarks.table.oracles import Hidden, TableOracle
-from benchmarks.table.runs import Job, Row, certify_like, make, pretrained
+from benchmarks.table.runs import Job, Row, certify_like, done, make, pretrained
 from defender_client import config as configs
 from defender_client import stack as stacks
 from defender_client.config import RunConfig
@@ -25,6 +27,7 @@ from defender_client.whitebox import WhiteBoxSource
 from oracle_server.loading import SHIPPED
 from shared.datasets import ImageSet
 
+_QUALITY = "quality.json"
 _SAMPLE = 256  # images by which the cost of a sample is estimated
 
 
@@ -43,20 +46,37 @@ def make_frontier(options: argparse.Namespace) -> None:
     said = heading("torch", "numpy", "scipy")
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
-    rows: dict[str, dict[int, dict[int, Row]]] = {}
-    qualities: list[Quality] = []
+    source = WhiteBoxSource(options.weights or SHIPPED[options.model], options.model)
     oracle = TableOracle(out / "oracle", Hidden(options.model, options.weights), options.serve_options)
     try:
         for point in _points(options):
-            row = make(point.job, oracle)
-            rows.setdefault(point.variant.name, {}).setdefault(point.budget, {})[point.seed] = row
-            if point.variant.queries and point.seed == options.seeds[0]:
-                source = WhiteBoxSource(options.weights or SHIPPED[options.model], options.model)
-                qualities.append(measure(point.job, point.variant.name, point.budget, source))
-            writing.write(out, rows, qualities, said)
+            make(point.job, oracle)
+            if point.variant.queries and not (point.job.run / _QUALITY).exists():
+                _keep(point.job.run, measure(point.job, point.variant.name, point.budget, source))
+            writing.write(out, *_done(out), said)
     finally:
         oracle.stop()
     console.print((out / "frontier.md").read_text(encoding="utf-8"), markup=False)
+
+
+def _keep(run: Path, quality: Quality) -> None:
+    partial = run / f"{_QUALITY}.tmp"
+    partial.write_text(json.dumps(asdict(quality)) + "\n", encoding="utf-8")
+    os.replace(partial, run / _QUALITY)
+
+
+def _done(out: Path) -> tuple[writing.Rows, list[Quality]]:
+    """All that is done in `out`, by this command and those before it, which may have had other variants and budgets."""
+    rows: dict[str, dict[int, dict[int, Row]]] = {}
+    qualities = []
+    for path in sorted(out.glob("runs/*/*/seed-*")):
+        row = done(path)
+        if row is None or path.parts[-3] not in BY_NAME:
+            continue
+        rows.setdefault(path.parts[-3], {}).setdefault(int(path.parts[-2]), {})[row.seed] = row
+        if (path / _QUALITY).exists():
+            qualities.append(Quality(**json.loads((path / _QUALITY).read_text(encoding="utf-8"))))
+    return rows, qualities
 
 
 def _points(options: argparse.Namespace) -> Iterator[Point]:

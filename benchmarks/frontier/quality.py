@@ -35,6 +35,7 @@ class Quality:
 
     variant: str
     budget: int
+    seed: int
     queries: float
     cosine: float
     norm_ratio: float
@@ -82,6 +83,7 @@ def measure(job: Job, variant: str, budget: int, source: WhiteBoxSource) -> Qual
     return Quality(
         variant=variant,
         budget=budget,
+        seed=config.seed,
         queries=len(asked) / len(points),
         cosine=float(F.cosine_similarity(ours, true, dim=1)[alive].mean()),
         norm_ratio=float((ours.norm(dim=1) / true.norm(dim=1).clamp(min=1e-30))[alive].median()),

@@ -70,18 +70,18 @@ def _accuracies(rows: Rows) -> str:
 
 
 def _qualities(qualities: Sequence[Quality]) -> str:
-    lines = [
-        [
-            BY_NAME[quality.variant].title,
-            f"{quality.budget:,}",
-            f"{quality.queries:.1f}",
-            f"{quality.cosine:.3f}",
-            f"{quality.norm_ratio:.2f}",
-            f"{quality.batch_cosine:.3f}",
-            f"{quality.cosine**2 / quality.queries:.4f}",
-        ]
-        for quality in sorted(qualities, key=lambda quality: (list(BY_NAME).index(quality.variant), quality.budget))
-    ]
+    groups: dict[tuple[int, int], list[Quality]] = {}
+    for quality in qualities:
+        groups.setdefault((list(BY_NAME).index(quality.variant), quality.budget), []).append(quality)
+    lines = []
+    for (_, budget), found in sorted(groups.items()):
+        queries, cosine, ratio, batch = (
+            statistics.mean(getattr(quality, part) for quality in found)
+            for part in ("queries", "cosine", "norm_ratio", "batch_cosine")
+        )
+        title = BY_NAME[found[0].variant].title
+        worth = f"{cosine**2 / queries:.4f}"
+        lines.append([title, f"{budget:,}", f"{queries:.1f}", f"{cosine:.3f}", f"{ratio:.2f}", f"{batch:.3f}", worth])
     head = ["estimates at a run's end", "its budget", "queries a sample", "cosine", "norm ratio", "batch cosine"]
     return table([*head, "cosine^2 a query"], lines) if lines else "No estimates yet."
 

@@ -89,9 +89,9 @@ def make(job: Job, oracle: TableOracle) -> Row:
         Failed: its accounts differ.
         OracleError, ConfigError: as `jobs`.
     """
-    done = job.run / _RESULT
-    if done.exists():
-        return Row(**json.loads(done.read_text(encoding="utf-8")))
+    known = done(job.run)
+    if known is not None:
+        return known
     console.print(f"[bold]{job.run.parent.name}/{job.run.name}[/bold] ({job.config.preset})")
     config = job.config
     with locked(job.run) as run_id:
@@ -112,8 +112,14 @@ def make(job: Job, oracle: TableOracle) -> Row:
     if not audited.equal:
         raise Failed(f"{job.run}: the accounts differ: {'; '.join(audited.differences)}")
     row = _row(job)
-    _write(done, asdict(row))
+    _write(job.run / _RESULT, asdict(row))
     return row
+
+
+def done(run: Path) -> Row | None:
+    """What a run came to, if it is done."""
+    path = run / _RESULT
+    return Row(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
 
 
 def _row(job: Job) -> Row:
