@@ -421,8 +421,8 @@ def _announcing(what: str, source: LiveOracle | RecordedRun) -> Callable[[Plan],
 
     def announce(planned: Plan) -> None:
         queries = planned.to_train if what == "run" else planned.certification
+        most = "at most " if planned.least is not None and what == "certification" else ""
         if isinstance(source, RecordedRun):
-            most = "at most " if planned.least is not None and what == "certification" else ""
             errors.print(
                 f"this {what} takes {most}{queries:,} answers from the recording in {source.run}: zero queries"
             )
@@ -431,7 +431,6 @@ def _announcing(what: str, source: LiveOracle | RecordedRun) -> Callable[[Plan],
                 errors.print(f"that recording is partial: answered requests are not in it ({described(missing)})")
         elif queries:
             left = "no budget" if planned.remaining is None else f"{planned.remaining:,} left"
-            most = "at most " if planned.least is not None and what == "certification" else ""
             errors.print(f"this {what} will spend {most}{queries:,} more queries ({left})")
 
     return announce

@@ -4,17 +4,18 @@ The draws of an image are looked at several times. Of each radius r of a grid a 
 
     H(r): p <= Phi(r / sigma)    p the probability of the selected class under noise (Cohen et al. 2019, Theorem 1)
 
-and rejected at look j, after t_j draws, where no more than a_j(r) of them failed. The boundaries a_j(r) are frozen before
-the first draw, and such that
+and rejected at look j, after t_j draws, where no more than a_j(r) of them failed. The boundaries a_j(r) are frozen
+before the first draw, and such that
 
     P[F(t_j) <= a_j(r) at any look | p = Phi(r / sigma)] <= alpha                                                  (1)
 
-which is computed exactly, look by look (`boundary`): the binomial form of Lan and DeMets, "Discrete sequential boundaries
-for clinical trials", Biometrika 1983. Fewer failures are likelier under a larger p, so that (1) holds for all of H(r).
+which is computed exactly, look by look (`boundary`): the binomial form of Lan and DeMets, "Discrete sequential
+boundaries for clinical trials", Biometrika 1983. More failures are likelier under a smaller p, so that (1) holds for all
+of H(r).
 
-Several radii cost nothing: they are tested in a fixed sequence, the smallest first, and one counts only where all before
-it are rejected (Maurer, Hothorn and Lehmacher 1995; Westfall and Krishen, J. Statist. Plann. Inference 2001). Let r* be
-the smallest radius of the grid whose hypothesis is true. All beyond it are true as well; a wrong certificate has
+Several radii cost nothing: they are tested in a fixed sequence, the smallest first, and one counts only where all
+before it are rejected (Maurer, Hothorn and Lehmacher 1995; Westfall and Krishen, J. Statist. Plann. Inference 2001). Let
+r* be the smallest radius of the grid whose hypothesis is true. All beyond it are true as well; a wrong certificate has
 rejected one of those, therefore H(r*) too, and that has a probability of at most alpha.
 
 This module knows counts, and nothing of images, classifiers or noise.
@@ -44,7 +45,7 @@ SPENDING = 0.15
 """Exponent of the spending function of what is reserved; 1 spends evenly, 0 all at the first look."""
 
 POWER, HOPE = 0.8, 0.3
-"""A radius is given up where an image that a fixed n certifies with probability POWER has a chance of less than HOPE."""
+"""A radius is given up where an image that n draws certify with probability POWER has a chance of less than HOPE."""
 
 _STEPS = ((512, 64), (1024, 128), (2560, 256), (10_240, 512))
 _CUT = 1e-12  # of alpha: tails of the recursion that are cut off, and counted as errors
@@ -64,7 +65,7 @@ class Design:
         targets: radii that are aimed at, rising: no draw is made once each is reached or given up.
         radii: of the grid, rising, from 0 on, the targets among them.
         at: draws at each look, rising; the last is n.
-        reject: [radii, looks] a radius is reached at a look where at most so many draws failed; -1 where none reaches it.
+        reject: [radii, looks] a radius is reached at a look where at most so many draws failed; -1: it is not.
         futile: [targets, looks] a target is given up at a look where at least so many failed.
 
     `reject` falls along the radii, so that whoever reaches one reaches all before it: the fixed sequence needs no
@@ -193,9 +194,9 @@ def boundary(q0: float, at: tuple[int, ...], alpha: float) -> Boundary:
         alpha: in (0, 1).
 
     The last look has nearly the test of a fixed n: a = max {k: P[F(n) <= k] <= (1 - RESERVED) alpha}. What is left,
-    epsilon = alpha - P[F(n) <= a], is for the looks before it, and pays only for paths that the last look would not have
-    rejected; epsilon (t / n)^SPENDING of it are spent by draw t (the family of Kim and DeMets, Biometrika 1987). So an
-    image without a failure is decided soon, and one in doubt is not much worse off than with a fixed n.
+    epsilon = alpha - P[F(n) <= a], is for the looks before it, and pays only for paths that the last look would not
+    have rejected; epsilon (t / n)^SPENDING of it are spent by draw t (the family of Kim and DeMets, Biometrika 1987). So
+    an image without a failure is decided soon, and one in doubt is not much worse off than with a fixed n.
 
     Given up is what has become hopeless (stochastic curtailment: Lan, Simon and Halperin, Commun. Statist. C 1982):
 
