@@ -5,9 +5,9 @@
 
 Simulated, from images whose probability p of the class selected under noise is known, or taken to be:
 
-    synthetic   a mixture near Cohen et al. 2019 on CIFAR-10 at sigma 0.25: right for 77 % of the images, with certified
-                accuracies of 61, 44 and 28 % at 1, 2 and 3 sigma; of the others the class is another one. In half of the
-                other 23 % nothing is far from the boundary.
+    synthetic   a mixture near Cohen et al. 2019 on CIFAR-10 at sigma 0.25: the class is the label for 77 % of all
+                images, whose true radius is at least 1, 2, 3, 3.8 sigma for 61, 44, 28, 17 %, none beyond 5.5 sigma; of
+                the others, 70 % have Exp(0.7) sigma, and 30 % a class below 1/2 (-Exp(0.4) sigma)
     --from      certified.tsv of a fixed n, each image with the p that its count estimates; of one without a failure, p
                 is drawn from its posterior, Beta(n + 1, 1). Their n is --from-n, their sigma --from-sigma. Images that
                 abstained get p at random up to 1/2: their counts are not in the file.

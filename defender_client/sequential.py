@@ -10,13 +10,13 @@ before the first draw, and such that
     P[F(t_j) <= a_j(r) at any look | p = Phi(r / sigma)] <= alpha                                                  (1)
 
 which is computed exactly, look by look (`boundary`): the binomial form of Lan and DeMets, "Discrete sequential
-boundaries for clinical trials", Biometrika 1983. More failures are likelier under a smaller p, so that (1) holds for all
-of H(r).
+boundaries for clinical trials", Biometrika 1983. More failures are likelier under a smaller p, so that (1) holds for
+all of H(r).
 
 Several radii cost nothing: they are tested in a fixed sequence, the smallest first, and one counts only where all
-before it are rejected (Maurer, Hothorn and Lehmacher 1995; Westfall and Krishen, J. Statist. Plann. Inference 2001). Let
-r* be the smallest radius of the grid whose hypothesis is true. All beyond it are true as well; a wrong certificate has
-rejected one of those, therefore H(r*) too, and that has a probability of at most alpha.
+before it are rejected (Maurer, Hothorn and Lehmacher 1995; Westfall and Krishen, J. Statist. Plann. Inference 2001).
+Let r* be the smallest radius of the grid whose hypothesis is true. All beyond it are true as well; a wrong certificate
+has rejected one of those, therefore H(r*) too, and that has a probability of at most alpha.
 
 This module knows counts, and nothing of images, classifiers or noise.
 """
@@ -195,14 +195,15 @@ def boundary(q0: float, at: tuple[int, ...], alpha: float) -> Boundary:
 
     The last look has nearly the test of a fixed n: a = max {k: P[F(n) <= k] <= (1 - RESERVED) alpha}. What is left,
     epsilon = alpha - P[F(n) <= a], is for the looks before it, and pays only for paths that the last look would not
-    have rejected; epsilon (t / n)^SPENDING of it are spent by draw t (the family of Kim and DeMets, Biometrika 1987). So
-    an image without a failure is decided soon, and one in doubt is not much worse off than with a fixed n.
+    have rejected; epsilon (t / n)^SPENDING of it are spent by draw t (the family of Kim and DeMets, Biometrika 1987).
+    So an image without a failure is decided soon, and one in doubt is not much worse off than with a fixed n.
 
     Given up is what has become hopeless (stochastic curtailment: Lan, Simon and Halperin, Commun. Statist. C 1982):
 
         P[F(n) <= a | F(t), q1] < HOPE    at q1 where P[F(n) <= a | q1] = POWER
 
-    which raises the rate of misses at q1, 1 - POWER, to no more than (1 - POWER) / (1 - HOPE).
+    which raises the rate of misses at q1, 1 - POWER, to no more than (1 - POWER) / (1 - HOPE). The error keeps what
+    giving up takes from it: (1) holds for whoever draws on.
     """
     n = at[-1]
     last = _largest(n, q0, (1 - RESERVED) * alpha)

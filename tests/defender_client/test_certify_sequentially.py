@@ -1,4 +1,4 @@
-"""Sequential certification over HTTP and in front of local classifiers: the rows, what they cost, kills, and its settings."""
+"""Sequential certification, over HTTP and in front of local classifiers: rows, their cost, kills, settings."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from defender_support import Interfering, Killed, Trained, at, certify_here, opened, spent, spent_by_purpose
+from defender_support import Interfering, Killed, Trained, at, certify_here, opened, spent, spent_by_purpose, train_here
 from oracle_support import Caller, Running
 from test_certify import without_time
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from defender_client import stack as stacks
 from defender_client.audit import audit
 from defender_client.certify import CERTIFIED_FILE, HEADER, HEADERS, Row, certified_accuracy, certify, cost, read
 from defender_client.cli import app
-from defender_client.config import CERTIFY_FILE, ConfigError, RunConfig
+from defender_client.config import CERTIFY_FILE, ConfigError, RunConfig, load_preset
 from defender_client.data import load_test
 from defender_client.jobs import certify_job
 from defender_client.plan import PlanUnaffordable, plan
@@ -32,7 +32,7 @@ from defender_client.sources import LiveOracle
 from defender_client.train import STACK_FILE
 
 RADII = (0.0, 0.1, 0.25)
-IMAGES, N0, N = 8, 10, 1000
+IMAGES, N0, N = 6, 10, 400
 ORIGIN = torch.zeros(1, 1, 2)
 
 
@@ -40,6 +40,16 @@ def sequential(config: RunConfig, **changes: object) -> RunConfig:
     """The same run, certified sequentially."""
     values = {"method": "sequential", "radii": RADII, "n": N, "images": IMAGES, **changes}
     return config.model_copy(update={"certify": config.certify.model_copy(update=values)})
+
+
+@pytest.fixture(scope="module")
+def trained(server: Running, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """The undefended classifier, certified with a fixed n: of all kinds of images, and made at once."""
+    folder, caller = tmp_path_factory.mktemp("undefended"), server.caller(10**6)
+    config = load_preset("standard", ["certify.n0=10", "certify.n=100", "certify.images=4", "certify.in_flight=1"])
+    train_here(config, folder / "run", server.url, caller.key)
+    certify_here(config, folder / "run", server.url, caller.key)
+    return Trained(folder / "run", config, caller)
 
 
 @pytest.fixture
@@ -267,11 +277,11 @@ def test_one_method_is_not_continued_by_the_other(server: Running, caller: Calle
     with pytest.raises(ConfigError, match="method: 'sequential' -> 'fixed'"):
         configs.certify_settings(config, run, {"method": "fixed"})
     (run / CERTIFY_FILE).unlink()  # the rows say it too
+    stack, test = stacks.load(run / STACK_FILE), load_test(config.data, None)
     with (
         opened(run, server.url, caller.key) as oracle,
-        pytest.raises(ConfigError, match="does not start with the header"),
+        pytest.raises(ConfigError, match="does not start with the head"),
     ):
-        stack, test = stacks.load(run / STACK_FILE), load_test(config.data, None)
         certify(stack, oracle, test, trained.config.certify, 0, run / CERTIFIED_FILE)
 
 
@@ -323,14 +333,14 @@ def test_both_forms_are_read_alike(tmp_path: Path) -> None:
 
 
 def test_the_command_and_the_report(server: Running, caller: Caller, run: Path, trained: Trained) -> None:
-    arguments = ["certify", "--run", str(run), "--oracle", server.url, "--method", "sequential", "--n", "1000"]
+    arguments = ["certify", "--run", str(run), "--oracle", server.url, "--method", "sequential", "--n", "400"]
     arguments += ["--images", "3", "--radii", "0", "--radii", "0.25"]
     said = CliRunner().invoke(app, arguments, env={"ORACLE_API_KEY": caller.key})
     assert said.exit_code == 0, said.output
     assert f"will spend at most {3 * (N0 + N):,} more queries" in said.output
     rows = read(run / CERTIFIED_FILE)
     each = sum(row.queries or 0 for row in rows) / 3
-    assert f"sequential: {each:,.0f} queries an image, at most 1,010" in said.output
+    assert f"sequential: {each:,.0f} queries an image, at most 410" in said.output
     shown = read_run(run).table_row
     assert (shown["method"], shown["queries_per_image"]) == ("sequential", each)
     assert shown["accuracy"][2:] == [None, None]  # not aimed at

@@ -1,4 +1,4 @@
-"""Sequential tests of radii: their errors a second time, in trials and term by term; what they cost and what they miss."""
+"""Tests of radii, look by look: errors a second time, term by term and in trials; what they cost and what they miss."""
 
 from __future__ import annotations
 
