@@ -29,7 +29,7 @@ from itertools import pairwise
 from math import ceil, isfinite
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from scipy.stats import beta, binom, norm
 
 BLOCK = 64
@@ -81,11 +81,11 @@ class Design:
     reject: Counts
     futile: Counts
 
-    def reached(self, look: int, failures: Counts) -> Counts:
+    def reached(self, look: int, failures: ArrayLike) -> Counts:
         """How many radii of the grid are reached at a look, of failures [...] among the draws so far: [...]."""
         return np.asarray((np.asarray(failures)[..., None] <= self.reject[:, look]).sum(axis=-1))
 
-    def done(self, look: int, failures: Counts, reached: Counts) -> NDArray[np.bool_]:
+    def done(self, look: int, failures: ArrayLike, reached: ArrayLike) -> NDArray[np.bool_]:
         """Whether no further draw is worth its cost, of failures [...] and of the most reached so far [...]: [...]."""
         beyond = np.asarray(reached)[..., None] <= np.searchsorted(self.radii, self.targets)
         open_ = beyond & (np.asarray(failures)[..., None] < self.futile[:, look])

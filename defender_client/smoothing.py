@@ -12,7 +12,6 @@ from itertools import chain
 from math import isfinite
 from typing import Literal
 
-import numpy as np
 import torch
 from scipy.stats import beta, binomtest, norm
 from torch import Tensor
@@ -245,9 +244,8 @@ class Smooth:
         for look, t in enumerate(design.at):
             failures += t - n - int(voted(t - n)[selected])
             n = t
-            seen = np.int64(failures)
-            reached = max(reached, int(design.reached(look, seen)))
-            if design.done(look, seen, np.int64(reached)):
+            reached = max(reached, int(design.reached(look, failures)))
+            if design.done(look, failures, reached):
                 break
         found = design.radii[reached - 1] if reached else 0.0
         return Certificate(

@@ -234,7 +234,7 @@ def test_a_budget_that_ends_midway_is_told_and_more_of_it_goes_on(server: Runnin
     assert said.exit_code == 3
     done = len(read(run / CERTIFIED_FILE))
     assert done < 4
-    server.ledger.set_budget(poor.client.id, 10**6)
+    server.ledger.set_budget(poor.client.name, 10**6)
     certified = certify_job(run, None, source, {}, lambda _: None)
     assert [row.idx for row in certified.rows] == [0, 1, 2, 3]
     assert spent(server, poor) == sum(row.queries or 0 for row in certified.rows)
