@@ -8,8 +8,8 @@ from pathlib import Path
 from defender_client.errors import ConfigError
 
 
-def read_rows(path: Path, header: str) -> list[str]:
-    """The whole lines after the header; a last line without its end is left out, and no file is no line.
+def read_rows(path: Path, *headers: str) -> list[str]:
+    """The whole lines after the header, one of these; a last line without its end is left out, and no file is no line.
 
     Raises:
         ConfigError: the file begins with another line.
@@ -19,8 +19,9 @@ def read_rows(path: Path, header: str) -> list[str]:
     except FileNotFoundError:
         return []
     whole = text[: text.rfind("\n") + 1].splitlines()
-    if whole and whole[0] != header:
-        raise ConfigError(f"{path} does not start with the header '{header}'")
+    if whole and whole[0] not in headers:
+        expected = "' or '".join(headers)
+        raise ConfigError(f"{path} does not start with the header '{expected}'")
     return whole[1:]
 
 

@@ -1,8 +1,8 @@
 """Certify a run's stack against the remote oracle: one row per image in `certified.tsv`, flushed as it goes.
 
 The form is the one the randomized-smoothing literature reads: `idx label predict radius correct time`, predict -1 for
-abstention, radius in l2 over pixels in [0, 1]. The stack is the one the run directory says; nothing of it can be left
-out.
+abstention, radius in l2 over pixels in [0, 1]; where the draws were not a fixed number, `queries` and `method` follow.
+The stack is the one the run directory says; nothing of it can be left out.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -20,29 +21,39 @@ from torch import Tensor
 
 from defender_client.appending import drop_torn_line, read_rows
 from defender_client.black_box import BlackBox
-from defender_client.config import CertifyConfig, ConfigError, Form
+from defender_client.config import CertifyConfig, ConfigError, Form, Method
 from defender_client.in_flight import Crew
 from defender_client.oracle import Oracle
 from defender_client.progress import meter
-from defender_client.smoothing import Smooth
-from defender_client.stack import Stack
+from defender_client.sequential import design, looks
+from defender_client.smoothing import Certificate, Smooth, largest_radius
+from defender_client.stack import Stack, StackSpec
 from shared.datasets import ImageSet
 
 CERTIFIED_FILE = "certified.tsv"
 HEADER = "idx\tlabel\tpredict\tradius\tcorrect\ttime"
+HEADERS: dict[Method, str] = {"fixed": HEADER, "sequential": f"{HEADER}\tqueries\tmethod"}
 PURPOSE = "certify"
 _BATCH = 1000
+_FIXED_FIELDS = HEADER.count("\t") + 1
+_METHODS: dict[str, Method] = {"sequential": "sequential"}
+
+_Drawn = tuple[str, Tensor, torch.Generator]
+"""An image: the label of its queries, itself [c, h, w], and the generator of its noise."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One certified image; `predict` is -1 where it abstained, `radius` in l2 (0 for an abstention)."""
+    """One certified image; `predict` is -1 where it abstained, `radius` in l2 (0 for an abstention). `queries` is what
+    it cost, None where n was fixed: then all cost the same."""
 
     idx: int
     label: int
     predict: int
     radius: float
     correct: int
+    queries: int | None = None
+    method: Method = "fixed"
 
 
 class DefendedOracle:
@@ -60,6 +71,12 @@ class DefendedOracle:
     def __call__(self, images: Tensor) -> Tensor:
         return self._asking(images)()
 
+    def named(self, label: str) -> DefendedOracle:
+        """The same, for batches that are named so: one thread may use each."""
+        other = copy(self)
+        other.start(label)
+        return other
+
     def scores(self, batches: Iterator[Tensor], crew: Crew) -> Iterator[Tensor]:
         """Logits of each batch, in order; as many batches as the crew takes are denoised and asked about at a time.
 
@@ -76,42 +93,55 @@ class DefendedOracle:
         return self._black_box.logits(self._stack.front(images), purpose=self._purpose, label=label)
 
 
-def read(path: Path) -> list[Row]:
-    """Rows of a `certified.tsv`; an unfinished last line is left out. ConfigError where it is not such a file."""
+def read(path: Path, method: Method | None = None) -> list[Row]:
+    """Rows of a `certified.tsv`; an unfinished last line is left out.
+
+    Raises:
+        ConfigError: it is not such a file, or not by this method, where one is named.
+    """
     rows = []
-    for line in read_rows(path, HEADER):
+    for line in read_rows(path, *([HEADERS[method]] if method is not None else HEADERS.values())):
         fields = line.split("\t")
         try:
             idx, label, predict, radius, correct = fields[:5]
-            rows.append(Row(int(idx), int(label), int(predict), float(radius), int(correct)))
-        except ValueError:
+            row = Row(int(idx), int(label), int(predict), float(radius), int(correct))
+            if len(fields) > _FIXED_FIELDS:
+                queries, by = fields[_FIXED_FIELDS:]
+                row = replace(row, queries=int(queries), method=_METHODS[by])
+        except (ValueError, KeyError):
             raise ConfigError(f"{path}: not a row: {line!r}") from None
+        rows.append(row)
+    if len({row.method for row in rows}) > 1 or (method is not None and any(row.method != method for row in rows)):
+        raise ConfigError(f"{path}: not a row of the method that its header says")
     return rows
 
 
 def certify(stack: Stack, oracle: Oracle, test: ImageSet, settings: CertifyConfig, seed: int, path: Path) -> list[Row]:
     """Certify the first `settings.images` images of the test set (0: all), those in `path` already left alone.
 
-    The noise of an image depends on the seed and its index only, so that two stacks meet the same noise and an
-    interrupted image is asked again under the same keys, at no second charge.
+    The noise of an image depends on the seed and its index only, so that two stacks, and both methods, meet the same
+    noise and an interrupted image is asked again under the same keys, at no second charge.
 
     Returns:
         All rows, old and new.
+
+    Raises:
+        ConfigError: the rows in `path` are of the other method, or see `check`.
     """
-    rows = read(path)
+    rows = read(path, settings.method)
     done = {row.idx for row in rows}
     indices = range(min(settings.images or len(test), len(test)))
     todo = [index for index in indices if index not in done]
     base = DefendedOracle(stack, oracle, form=settings.query_form)
-    smooth = Smooth(base, stack.spec.classes, stack.spec.sigma)
+    check(settings, stack.spec.sigma)
     drop_torn_line(path)
     path.parent.mkdir(parents=True, exist_ok=True)
 
-    def drawn() -> Iterator[tuple[Tensor, torch.Generator]]:
+    def drawn() -> Iterator[_Drawn]:
         """The images left, each when its noise is drawn: while the oracle answers for those before it."""
         for index in todo:
-            base.start(image_label(settings, seed, index))
-            yield test.floats(slice(index, index + 1))[0], torch.Generator().manual_seed(seed * 1_000_003 + index)
+            x = test.floats(slice(index, index + 1))[0]
+            yield image_label(settings, seed, index), x, torch.Generator().manual_seed(seed * 1_000_003 + index)
 
     with (
         path.open("a", encoding="utf-8") as tsv,
@@ -119,30 +149,90 @@ def certify(stack: Stack, oracle: Oracle, test: ImageSet, settings: CertifyConfi
         Crew(settings.in_flight) as crew,
     ):
         if tsv.tell() == 0:
-            tsv.write(HEADER + "\n")
+            tsv.write(HEADERS[settings.method] + "\n")
             tsv.flush()
-        certificates = smooth.certify_each(
-            drawn(), settings.n0, settings.n, settings.alpha, _BATCH, partial(base.scores, crew=crew)
-        )
+        certificates = _CERTIFYING[settings.method](base, stack.spec, settings, drawn(), crew)
         start = time.monotonic()
         for index, certificate in zip(todo, certificates, strict=True):
             label = int(test.labels[index])
-            # Rounded down: a certificate must not gain from being written.
-            radius = math.floor(certificate.radius * 1e6) / 1e6
-            row = Row(index, label, certificate.label, radius, int(certificate.label == label))
+            row = Row(index, label, certificate.label, _written(certificate.radius), int(certificate.label == label))
+            if certificate.method == "sequential":
+                row = replace(row, queries=certificate.queries, method="sequential")
             rows.append(row)
             # Since the row before: images overlap, and their times still add up to the whole.
             took, start = timedelta(seconds=time.monotonic() - start), time.monotonic()
-            tsv.write(f"{row.idx}\t{row.label}\t{row.predict}\t{row.radius:.6f}\t{row.correct}\t{took}\n")
+            more = f"\t{row.queries}\t{row.method}" if row.queries is not None else ""
+            tsv.write(f"{row.idx}\t{row.label}\t{row.predict}\t{row.radius:.6f}\t{row.correct}\t{took}{more}\n")
             tsv.flush()
             accuracy = sum(r.correct for r in rows) / len(rows)
             progress.advance(note=f"accuracy {accuracy:.3f}", spent=oracle.log.total, left=oracle.remaining)
     return rows
 
 
+def _fixed(
+    base: DefendedOracle, spec: StackSpec, settings: CertifyConfig, drawn: Iterator[_Drawn], crew: Crew
+) -> Iterator[Certificate]:
+    """What to ask depends on no answer: the batches of an image, and of the next ones, are in flight together."""
+    smooth = Smooth(base, spec.classes, spec.sigma)
+
+    def labelled() -> Iterator[tuple[Tensor, torch.Generator]]:
+        for label, x, generator in drawn:
+            base.start(label)
+            yield x, generator
+
+    return smooth.certify_each(
+        labelled(), settings.n0, settings.n, settings.alpha, _BATCH, partial(base.scores, crew=crew)
+    )
+
+
+def _sequential(
+    base: DefendedOracle, spec: StackSpec, settings: CertifyConfig, drawn: Iterator[_Drawn], crew: Crew
+) -> Iterator[Certificate]:
+    """Whether to go on depends on the answers: an image asks one batch after the other, several images at a time."""
+    tests = design(spec.sigma, settings.alpha, settings.n, settings.radii)
+
+    def certified(label: str, x: Tensor, generator: torch.Generator) -> Certificate:
+        smooth = Smooth(base.named(label), spec.classes, spec.sigma)
+        return smooth.certify_sequentially(x, settings.n0, tests, _BATCH, generator)
+
+    return crew.in_order(partial(certified, *image) for image in drawn)
+
+
+_CERTIFYING = {"fixed": _fixed, "sequential": _sequential}
+
+
+def _written(radius: float) -> float:
+    """With six decimals, rounded down: a certificate must not gain from being written."""
+    nearest = round(radius, 6)
+    return nearest if nearest <= radius else math.floor(radius * 1e6) / 1e6
+
+
+def check(settings: CertifyConfig, sigma: float) -> None:
+    """ConfigError where a sequential certification is to aim at a radius that its draws cannot reach."""
+    if settings.method == "sequential":
+        try:
+            design(sigma, settings.alpha, settings.n, settings.radii)
+        except ValueError as error:
+            raise ConfigError(f"certify.radii, with sigma {sigma:g} and alpha {settings.alpha:g}: {error}") from None
+
+
+def limit(settings: CertifyConfig, sigma: float) -> float:
+    """The radius beyond which such a certification says nothing: what n draws reach, or the largest that it aims at."""
+    if settings.method == "sequential":
+        return settings.radii[-1]
+    return largest_radius(settings.n, settings.alpha, sigma)
+
+
+def cost(settings: CertifyConfig) -> tuple[int, int]:
+    """Queries of an image: at least, at most."""
+    least = looks(settings.n)[0] if settings.method == "sequential" else settings.n
+    return settings.n0 + least, settings.n0 + settings.n
+
+
 def image_label(settings: CertifyConfig, seed: int, index: int) -> str:
     """Names the queries of one image; the same name and bytes are charged once."""
-    return f"{PURPOSE}/{settings.n0}-{settings.n}/{seed}/{index}"
+    way = "sequential/" if settings.method == "sequential" else ""
+    return f"{PURPOSE}/{way}{settings.n0}-{settings.n}/{seed}/{index}"
 
 
 def certified_accuracy(rows: list[Row], radius: float) -> float:

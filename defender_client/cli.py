@@ -29,7 +29,7 @@ from defender_client.attack import Summary
 from defender_client.attack_reconstruction import Summary as ReconstructionSummary
 from defender_client.audit import Audit
 from defender_client.audit import audit as run_audit
-from defender_client.certify import certified_accuracy
+from defender_client.certify import certified_accuracy, cost
 from defender_client.checkpoints import CheckpointError
 from defender_client.config import ConfigError, RunConfig
 from defender_client.demo import DemoFailed
@@ -40,6 +40,7 @@ from defender_client.plan import AttackPlan, Plan, PlanUnaffordable
 from defender_client.query_log import LOG_FILE, LogDamaged, QueryLog
 from defender_client.recording import RecordingError
 from defender_client.replay import described
+from defender_client.report import RADII
 from defender_client.report import report as write_report
 from defender_client.scales import FULL
 from defender_client.sources import LiveOracle, RecordedRun
@@ -177,6 +178,12 @@ def certify(
     n0: Annotated[int | None, typer.Option(help="Draws that choose the class.")] = None,
     n: Annotated[int | None, typer.Option(help="Draws that bound its probability.")] = None,
     alpha: Annotated[float | None, typer.Option(help="Probability that a certificate is wrong.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="fixed: n draws an image; sequential: at most n, until --radii are decided.")
+    ] = None,
+    radii: Annotated[
+        list[float] | None, typer.Option(help="A radius that a sequential certification aims at. Repeatable.")
+    ] = None,
     in_flight: Annotated[int | None, typer.Option(help="Requests at a time; the rows are the same.")] = None,
     ca: Ca = None,
     record: Record = False,
@@ -184,17 +191,28 @@ def certify(
 ) -> None:
     """Certify the run's stack by randomized smoothing (Cohen et al. 2019); one row an image in certified.tsv."""
     with _reported_errors():
-        changed = {"images": images, "n0": n0, "n": n, "alpha": alpha, "in_flight": in_flight}
+        changed = {
+            "images": images,
+            "n0": n0,
+            "n": n,
+            "alpha": alpha,
+            "method": method,
+            "radii": radii or None,
+            "in_flight": in_flight,
+        }
         changes = {name: value for name, value in changed.items() if value is not None}
         source = _source(context, oracle, ca, record, replay)
         certified = jobs.certify_job(run, data, source, changes, _announcing("certification", source))
         table = Table("radius", "certified accuracy", box=None)
-        for radius in (0.0, 0.25, 0.5, 0.75):
+        for radius in certified.settings.radii if certified.settings.method == "sequential" else RADII:
             table.add_row(f"{radius:.2f}", f"{certified_accuracy(certified.rows, radius):.3f}")
         console.print(table)
         abstained = sum(row.predict == -1 for row in certified.rows)
         images_done = len(certified.rows)
         console.print(f"{images_done} images, {abstained} abstained, {certified.spent:,} queries, {certified.path}")
+        if certified.settings.method == "sequential" and images_done:
+            each = sum(row.queries or 0 for row in certified.rows) / images_done
+            console.print(f"sequential: {each:,.0f} queries an image, at most {cost(certified.settings)[1]:,}")
 
 
 @app.command()
@@ -332,8 +350,9 @@ def _print_plan(planned: Plan) -> None:
     table.add_row("oracle labels", f"{planned.labels:,}")
     table.add_row("training", f"{planned.training:,}")
     table.add_row("validation", f"{planned.validation:,}")
-    table.add_row("certification", f"{planned.certification:,}")
-    table.add_row("total", f"{planned.total:,}")
+    most = "at most " if planned.least is not None else ""
+    table.add_row("certification", f"{most}{planned.certification:,}")
+    table.add_row("total", f"{most}{planned.total:,}")
     table.add_row("budget left", "none kept" if planned.remaining is None else f"{planned.remaining:,}")
     console.print(table)
     console.print(f"bytes: {_bytes(planned.bytes_up)} up, {_bytes(planned.bytes_down)} down")
@@ -402,14 +421,17 @@ def _announcing(what: str, source: LiveOracle | RecordedRun) -> Callable[[Plan],
 
     def announce(planned: Plan) -> None:
         queries = planned.to_train if what == "run" else planned.certification
+        most = "at most " if planned.least is not None and what == "certification" else ""
         if isinstance(source, RecordedRun):
-            errors.print(f"this {what} takes {queries:,} answers from the recording in {source.run}: zero queries")
+            errors.print(
+                f"this {what} takes {most}{queries:,} answers from the recording in {source.run}: zero queries"
+            )
             missing = source.unrecorded()
             if missing:
                 errors.print(f"that recording is partial: answered requests are not in it ({described(missing)})")
         elif queries:
             left = "no budget" if planned.remaining is None else f"{planned.remaining:,} left"
-            errors.print(f"this {what} will spend {queries:,} more queries ({left})")
+            errors.print(f"this {what} will spend {most}{queries:,} more queries ({left})")
 
     return announce
 

@@ -23,6 +23,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -146,6 +147,9 @@ class PretrainConfig(_Section):
     weight_decay: NonNegativeFloat = 1e-5
 
 
+Method = Literal["fixed", "sequential"]
+"""How many draws a certificate takes: always n, or at most n."""
+
 Form = Literal["auto", "merged", "factored", "images"]
 """What is sent for a query: see `black_box`."""
 
@@ -210,14 +214,27 @@ class TrainConfig(_Section):
 
 
 class CertifyConfig(_Section):
-    """Cohen et al. 2019: n0 draws choose the class, n draws bound its probability, at error alpha."""
+    """Cohen et al. 2019: n0 draws choose the class, n draws bound its probability, at error alpha.
 
+    `method`: `fixed` makes all n draws; `sequential` at most n, until each of `radii` is reached or given up
+    (`sequential`). `radii`: rising, in l2, with six decimals at most, as radii are written; of no influence where n is
+    fixed."""
+
+    method: Method = "fixed"
     n0: PositiveInt = 100
     n: PositiveInt = 10_000
     alpha: Annotated[float, Field(gt=0, lt=0.5)] = 0.001
+    radii: Annotated[tuple[NonNegativeFloat, ...], Field(min_length=1)] = (0.0, 0.25, 0.5, 0.75)
     images: NonNegativeInt = 0
     query_form: Form = "auto"
     in_flight: InFlight = 2
+
+    @field_validator("radii")
+    @classmethod
+    def _sorted(cls, radii: tuple[float, ...]) -> tuple[float, ...]:
+        if any(round(radius, 6) != radius for radius in radii):
+            raise ValueError("a radius has six decimals at most: that is how it is written")
+        return tuple(sorted(set(radii)))
 
 
 class RunConfig(_Section):
@@ -389,6 +406,8 @@ def certify_settings(config: RunConfig, run: Path, changes: Mapping[str, Any]) -
         settings = CertifyConfig.model_validate((started or config.certify).model_dump() | dict(changes))
     except ValidationError as error:
         raise ConfigError(f"certification: {error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}") from None
+    if "radii" in changes and settings.method == "fixed":
+        raise ConfigError("certification: radii are what a sequential one aims at: use --method sequential with them")
     if started is not None:
         same = started.model_copy(update={"images": settings.images, "in_flight": settings.in_flight})
         _check_same(

@@ -24,7 +24,7 @@ from defender_client import attack_reconstruction as reconstruction_attacks
 from defender_client import certify as certification
 from defender_client import config as configs
 from defender_client import stack as stacks
-from defender_client.config import AttackConfig, RunConfig
+from defender_client.config import AttackConfig, CertifyConfig, RunConfig
 from defender_client.data import Splits, check_fit, load_splits, load_test
 from defender_client.errors import ConfigError
 from defender_client.measured import measure, measure_splits
@@ -54,11 +54,13 @@ class Trained:
 
 @dataclass(frozen=True)
 class Certified:
-    """A certified run: all its rows, the file they are in, and the queries that its certification spent in all."""
+    """A certified run: all its rows, the file they are in, the queries that its certification spent in all, and the
+    settings that made them."""
 
     rows: list[certification.Row]
     path: Path
     spent: int
+    settings: CertifyConfig
 
 
 def plan_job(config: RunConfig, run: Path | None, data: Path | None, source: LiveOracle) -> Plan:
@@ -110,8 +112,8 @@ def certify_job(
     """Certify a run's stack; `changes` are certification settings other than those the run has."""
     config = configs.load(run)
     config = config.model_copy(update={"certify": configs.certify_settings(config, run, changes)})
-    test = load_test(config.data, data)
     check_certifiable(config)
+    test = load_test(config.data, data)
     with _session(run, source) as oracle:
         return _certify(config, run, test, oracle, announce)
 
@@ -120,6 +122,7 @@ def train_and_certify_job(
     config: RunConfig, run: Path, data: Path | None, source: Source, announce: Announce
 ) -> Certified:
     """Both, in one session; `announce` is told of the cost of both."""
+    check_certifiable(config)
     splits, test = load_splits(config.data, data, config.seed), load_test(config.data, data)
     with _session(run, source) as oracle:
         _train(config, run, splits, len(test), oracle, announce)
@@ -133,9 +136,10 @@ def check_task(config: RunConfig, info: OracleInfo) -> None:
 
 
 def check_certifiable(config: RunConfig) -> None:
-    """ConfigError unless a certificate means something: randomized smoothing certifies classes."""
+    """ConfigError unless a certificate means something, of classes, and aims at radii that can be reached."""
     if config.task != "classification":
         raise ConfigError(f"'{config.preset}' is for {config.task}: it has no classes to certify; see `attack`")
+    certification.check(config.certify, config.sigma)
 
 
 @contextmanager
@@ -179,7 +183,7 @@ def _certify(config: RunConfig, run: Path, test: ImageSet, oracle: Oracle, annou
     configs.save_certify_settings(config.certify, run)
     path = run / certification.CERTIFIED_FILE
     rows = certification.certify(stack, oracle, test, config.certify, config.seed, path)
-    return Certified(rows, path, oracle.log.charged[certification.PURPOSE])
+    return Certified(rows, path, oracle.log.charged[certification.PURPOSE], config.certify)
 
 
 @dataclass(frozen=True)

@@ -46,11 +46,13 @@ class Plan:
     """The cost of what is left of a run; queries by purpose.
 
     Attributes:
-        noise, labels, training, validation, certification: queries still to buy; `noise` measures the noise floor.
+        noise, labels, training, validation, certification: queries still to buy; `noise` measures the noise floor. A
+            sequential certification buys at most so many.
         samples: training samples still to go through the stack.
         bytes_up, bytes_down: tensor bytes of all those queries, in the form that the oracle takes them.
         seconds: time for training, or None where the oracle's speed is not known yet.
         remaining: the budget's queries left; None for a server that keeps none.
+        least: queries that the certification cannot do without; None where it takes all of `certification`.
     """
 
     noise: int
@@ -63,6 +65,7 @@ class Plan:
     bytes_down: int
     seconds: float | None
     remaining: int | None
+    least: int | None = None
 
     @property
     def to_train(self) -> int:
@@ -71,7 +74,7 @@ class Plan:
 
     @property
     def total(self) -> int:
-        """Queries that training and certification will spend."""
+        """Queries that training and certification will spend, at most."""
         return self.to_train + self.certification
 
     def check_training(self) -> None:
@@ -80,9 +83,12 @@ class Plan:
             raise PlanUnaffordable(self.to_train, self.remaining, "training")
 
     def check_certification(self) -> None:
-        """Raises PlanUnaffordable if the budget does not cover the certification."""
-        if self.remaining is not None and self.certification > self.remaining:
-            raise PlanUnaffordable(self.certification, self.remaining, "certification")
+        """Raises PlanUnaffordable if the budget does not cover the certification, or what one that is sequential needs
+        where every image is decided at the first look."""
+        needed = self.certification if self.least is None else self.least
+        if self.remaining is not None and needed > self.remaining:
+            what = "certification" if self.least is None else "certification, at the least,"
+            raise PlanUnaffordable(needed, self.remaining, what)
 
 
 def plan(
@@ -121,7 +127,7 @@ def plan(
             bought = _left(train + validation, paid, labels.PURPOSE)
         started = progress != Progress()
         noise = _left(noise_floor.queries_left(config, run, train, started=started), paid, noise_floor.PURPOSE)
-    certification = _certification(config, run, test, paid)
+    least, certification = _certification(config, run, test, paid)
     to_train = noise + bought + queries + checks
     total = to_train + certification
     budget = oracle.budget()
@@ -141,6 +147,7 @@ def plan(
         bytes_down=total * spec.classes * _FLOAT32,
         seconds=seconds,
         remaining=budget.remaining if budget is not None else None,
+        least=least if config.certify.method == "sequential" else None,
     )
 
 
@@ -218,16 +225,17 @@ def _left(total: int, paid: dict[str, int], label: str) -> int:
     return max(0, total - sum(rows for paid_label, rows in paid.items() if paid_label.startswith(f"{label}/")))
 
 
-def _certification(config: RunConfig, run: Path | None, test: int, paid: dict[str, int]) -> int:
-    """Queries left to certify the images that have no row yet."""
+def _certification(config: RunConfig, run: Path | None, test: int, paid: dict[str, int]) -> tuple[int, int]:
+    """Queries left to certify the images that have no row yet: at least, at most."""
     settings = config.certify
     done = {row.idx for row in certify.read(run / certify.CERTIFIED_FILE)} if run is not None else set()
     todo = [index for index in range(min(settings.images or test, test)) if index not in done]
     begun: Counter[str] = Counter()  # an image that a kill interrupted is paid for in part
     for label, rows in paid.items():
         begun[label.rsplit("/", 2)[0]] += rows  # IMAGE/CALL/POSITION
-    each = settings.n0 + settings.n
-    return sum(max(0, each - begun[certify.image_label(settings, config.seed, index)]) for index in todo)
+    paid_each = [begun[certify.image_label(settings, config.seed, index)] for index in todo]
+    least, most = (sum(max(0, each - before) for before in paid_each) for each in certify.cost(settings))
+    return least, most
 
 
 def _oracle_seconds(oracle: Oracle) -> float | None:

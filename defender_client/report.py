@@ -30,7 +30,6 @@ from defender_client.data import gaussian, load_test
 from defender_client.noise_floor import Finding
 from defender_client.objective import RECONSTRUCTION, STABILITY
 from defender_client.query_log import LOG_FILE, QueryLog
-from defender_client.smoothing import largest_radius
 from defender_client.stack import Stack
 from defender_client.train import CURVE_FILE, STACK_FILE
 from shared.datasets import ImageSet
@@ -71,16 +70,27 @@ class Result:
     stack: Stack | None
 
     @property
+    def queries_per_image(self) -> float | None:
+        """What an image's certificate cost, on average, whoever paid; None where there is none."""
+        if not self.rows:
+            return None
+        if self.certification.method == "fixed":
+            return self.certification.n0 + self.certification.n
+        return sum(row.queries or 0 for row in self.rows) / len(self.rows)
+
+    @property
     def table_row(self) -> dict[str, Any]:
         """The numbers of the report's table; accuracies in 0..1."""
-        limit = largest_radius(self.certification.n, self.certification.alpha, self.config.sigma)
+        limit = certify.limit(self.certification, self.config.sigma)
         return {
             "name": self.name,
             "preset": self.config.preset,
             "sigma": self.config.sigma,
             "images": len(self.rows),
             "n": self.certification.n,
-            # A radius that n draws cannot reach is not an accuracy of 0.
+            "method": self.certification.method,
+            "queries_per_image": self.queries_per_image,
+            # A radius that n draws cannot reach, or that was not aimed at, is not an accuracy of 0.
             "accuracy": [certify.certified_accuracy(self.rows, r) if self.rows and r <= limit else None for r in RADII],
             "abstained": sum(row.predict == -1 for row in self.rows) / len(self.rows) if self.rows else None,
             "mean_radius": sum(row.radius * row.correct for row in self.rows) / len(self.rows) if self.rows else None,
@@ -175,16 +185,20 @@ def markdown_table(results: Sequence[Result]) -> str:
 
 
 def certified_accuracy_figure(results: Sequence[Result]) -> Figure:
-    """Certified accuracy against l2 radius, one curve a run, drawn as far as its n draws can certify."""
+    """Certified accuracy against l2 radius, one curve a run, drawn as far as its certification says anything."""
     figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
     for result in results:
         if not result.rows:
             continue
-        limit = largest_radius(result.certification.n, result.certification.alpha, result.config.sigma)
+        limit = certify.limit(result.certification, result.config.sigma)
         radii = np.linspace(0, limit, 400)
         accuracy = [certify.certified_accuracy(result.rows, float(r)) for r in radii]
         label = f"{result.name} (n = {result.certification.n:,}, {len(result.rows)} images)"
-        axes.plot([*radii, limit], [*accuracy, 0.0], label=label)
+        if result.certification.method == "fixed":  # nothing is certified beyond; a sequential one did not ask
+            radii, accuracy = np.append(radii, limit), [*accuracy, 0.0]
+        else:
+            label = label.replace("n =", "sequential, n <=")
+        axes.plot(radii, accuracy, label=label)
     axes.set(xlabel="l2 radius", ylabel="certified accuracy", ylim=(0, 1), xlim=(0, None))
     axes.grid(alpha=0.3)
     if axes.lines:

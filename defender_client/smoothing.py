@@ -10,10 +10,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from math import isfinite
+from typing import Literal
 
 import torch
 from scipy.stats import beta, binomtest, norm
 from torch import Tensor
+
+from defender_client.sequential import BLOCK, Design
 
 Scored = Callable[[Iterator[Tensor]], Iterator[Tensor]]
 """From batches of images [b, c, h, w] to the scores [b, classes] of each, in the same order."""
@@ -21,21 +24,24 @@ Scored = Callable[[Iterator[Tensor]], Iterator[Tensor]]
 ABSTAIN = -1
 """The label of an ordinary outcome: the votes do not tell the classes apart at the confidence asked for."""
 
-NOISE_BLOCK = 64
+NOISE_BLOCK = BLOCK
 """Noisy copies drawn by one call of the generator, whatever the batch size: see `Smooth._noisy_copies`."""
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """What `Smooth.certify` found out about one image, and from what.
+    """What `Smooth.certify` or `certify_sequentially` found out about one image, and from what.
 
     Attributes:
         label: the certified class, or `ABSTAIN`.
         radius: L2 radius in the units of the image (pixels in [0, 1]); 0 where abstained.
-        pa_lower: lower confidence bound on the probability of `selected` under noise.
+        pa_lower: lower confidence bound on the probability of `selected` under noise; of a sequential abstention 0.
         selected: the class that won the selection draws; equal to `label` unless abstained.
         successes: votes for `selected` among the n estimation draws (n_A).
-        n0, n, alpha: as asked for.
+        n0, alpha: as asked for.
+        n: estimation draws: as many as asked for, or as a sequential certification made.
+        method: by which it was made.
+        looks: how often a sequential certification looked at its draws.
     """
 
     label: int
@@ -46,6 +52,8 @@ class Certificate:
     n0: int
     n: int
     alpha: float
+    method: Literal["fixed", "sequential"] = "fixed"
+    looks: int = 1
 
     @property
     def abstained(self) -> bool:
@@ -201,6 +209,56 @@ class Smooth:
             n0=n0,
             n=n,
             alpha=alpha,
+        )
+
+    @torch.no_grad()
+    def certify_sequentially(
+        self, x: Tensor, n0: int, design: Design, batch: int, generator: torch.Generator
+    ) -> Certificate:
+        """`certify` with draws until the design's targets are reached or given up, and the same guarantee.
+
+        With probability at least 1 - alpha over the noise, the result is either an abstention or a label and a radius R
+        such that g(x + eps) = label for every eps with |eps|_2 <= R. R is the largest radius of the design's grid that
+        was reached; it may be 0, and is certain then too. See `sequential`.
+
+        Args:
+            x, n0, batch, generator: as for `certify`.
+            design: tests of radii, for this sigma. It says after how many draws to look.
+
+        The noise is that of `certify` with the design's n, draw by draw, but for what is not drawn.
+
+        Returns:
+            The certificate; its cost is n0 + n queries, n at most the design's.
+
+        Raises:
+            ValueError: as for `certify`, or a design for another sigma.
+        """
+        if design.sigma != self.sigma:
+            raise ValueError(f"the design must be for sigma {self.sigma}, not {design.sigma}")
+
+        def voted(draws: int) -> Tensor:
+            return self._votes(self._one_by_one(self._noisy_copies(x, draws, batch, generator)), draws, batch)
+
+        selected = int(voted(n0).argmax())
+        n = failures = reached = look = 0
+        for look, t in enumerate(design.at):
+            failures += t - n - int(voted(t - n)[selected])
+            n = t
+            reached = max(reached, int(design.reached(look, failures)))
+            if design.done(look, failures, reached):
+                break
+        found = design.radii[reached - 1] if reached else 0.0
+        return Certificate(
+            label=selected if reached else ABSTAIN,
+            radius=found,
+            pa_lower=float(norm.cdf(found / self.sigma)) if reached else 0.0,
+            selected=selected,
+            successes=n - failures,
+            n0=n0,
+            n=n,
+            alpha=design.alpha,
+            method="sequential",
+            looks=look + 1,
         )
 
     def predict(self, x: Tensor, n: int, alpha: float, batch: int, generator: torch.Generator) -> int:

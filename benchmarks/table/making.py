@@ -19,7 +19,6 @@ from defender_client.config import RunConfig
 from defender_client.data import load_splits
 from defender_client.plan import queries_per_sample
 from defender_client.progress import console
-from defender_client.smoothing import largest_radius
 from defender_client.stack import specify
 from defender_client.whitebox import WhiteBoxSource
 from oracle_server.loading import SHIPPED
@@ -52,7 +51,7 @@ def _part(options: argparse.Namespace, oracles: _Oracles, name: str, jobs: Itera
         text = writing.write_table(options.out, name, rows, certified, said)
     if config is None:
         return
-    limit = largest_radius(config.certify.n, config.certify.alpha, config.sigma)
+    limit = certify.limit(config.certify, config.sigma)
     about = f"{options.dataset}, {options.model}, sigma {config.sigma:g}, n = {config.certify.n:,}, {options.scale}"
     if name == "table":
         writing.curves(certified, options.out / "certified-accuracy.png", limit, about)

@@ -24,7 +24,6 @@ from defender_client.pretrain import PRETRAINED_FILE
 from defender_client.progress import console
 from defender_client.report import read_run
 from defender_client.run_directory import locked
-from defender_client.smoothing import largest_radius
 from defender_client.whitebox import WhiteBoxSource
 
 _RESULT, _TIMES = "table-row.json", "times.json"
@@ -125,7 +124,7 @@ def done(run: Path) -> Row | None:
 def _row(job: Job) -> Row:
     result = read_run(job.run)
     settings, count = result.certification, len(result.rows)
-    limit = largest_radius(settings.n, settings.alpha, result.config.sigma)
+    limit = certify.limit(settings, result.config.sigma)
     queries = result.queries
     training = queries.get("train", 0)
     certification = queries.get(certify.PURPOSE, 0)

@@ -98,6 +98,8 @@ def test_the_numbers_are_those_of_the_files(trained: Trained, tmp_path: Path) ->
         "0.25",
         "4",
         "100",
+        "fixed",
+        "110",
         percent(len(right), 4),
         percent(sum(radius >= 0.25 for radius in right), 4),
         "–",
@@ -165,7 +167,7 @@ def test_the_table_by_hand(tmp_path: Path) -> None:
     ]
     run = made_up(tmp_path / "by-hand", rows, "sigma=0.5", n=100_000)
     page = written(tmp_path / "report.html", run)
-    assert page.tables[0][1][5:] == ["60.0 %", "40.0 %", "40.0 %", "0.0 %", "20.0 %", "0.240"]
+    assert page.tables[0][1][7:] == ["60.0 %", "40.0 %", "40.0 %", "0.0 %", "20.0 %", "0.240"]
     table = markdown_table([read_run(run)]).splitlines()
     assert table[2] == "| by-hand | 60.0 | 40.0 | 40.0 | 0.0 | 20.0 | 0 | 0 |"
     assert {line.count("|") for line in table} == {9}
@@ -176,14 +178,14 @@ def test_a_radius_that_n_draws_cannot_reach_is_no_accuracy_of_zero(tmp_path: Pat
     limit = largest_radius(100, 0.001, 0.25)
     assert 0.25 < limit < 0.5
     page = written(tmp_path / "report.html", made_up(tmp_path / "run", row))
-    assert page.tables[0][1][5:9] == ["100.0 %", "100.0 %", "–", "–"]
+    assert page.tables[0][1][7:11] == ["100.0 %", "100.0 %", "–", "–"]
 
 
 def test_a_run_that_is_not_certified_has_dashes(trained: Trained, tmp_path: Path) -> None:
     run = tmp_path / "new"
     shutil.copytree(trained.run, run, ignore=shutil.ignore_patterns("certif*"))
     page = written(tmp_path / "report.html", run)
-    assert page.tables[0][1][3:] == ["0", "100", *"–" * 6]
+    assert page.tables[0][1][3:] == ["0", "100", "fixed", *"–" * 7]
     assert page.tables[1][1][5] == "440"  # what was asked stays asked
 
 
