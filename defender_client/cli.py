@@ -344,15 +344,19 @@ def _print_ledger_audit(result: LedgerAudit) -> None:
     )
 
 
+def _most(*least: int | None) -> str:
+    """What stands before a number of queries that is an upper bound."""
+    return "at most " if any(bound is not None for bound in least) else ""
+
+
 def _print_plan(planned: Plan) -> None:
     table = Table("", "queries", box=None)
     table.add_row("noise floor", f"{planned.noise:,}")
     table.add_row("oracle labels", f"{planned.labels:,}")
-    table.add_row("training", f"{planned.training:,}")
+    table.add_row("training", f"{_most(planned.least_training)}{planned.training:,}")
     table.add_row("validation", f"{planned.validation:,}")
-    most = "at most " if planned.least is not None else ""
-    table.add_row("certification", f"{most}{planned.certification:,}")
-    table.add_row("total", f"{most}{planned.total:,}")
+    table.add_row("certification", f"{_most(planned.least)}{planned.certification:,}")
+    table.add_row("total", f"{_most(planned.least, planned.least_training)}{planned.total:,}")
     table.add_row("budget left", "none kept" if planned.remaining is None else f"{planned.remaining:,}")
     console.print(table)
     console.print(f"bytes: {_bytes(planned.bytes_up)} up, {_bytes(planned.bytes_down)} down")
@@ -421,7 +425,7 @@ def _announcing(what: str, source: LiveOracle | RecordedRun) -> Callable[[Plan],
 
     def announce(planned: Plan) -> None:
         queries = planned.to_train if what == "run" else planned.certification
-        most = "at most " if planned.least is not None and what == "certification" else ""
+        most = _most(planned.least_training if what == "run" else planned.least)
         if isinstance(source, RecordedRun):
             errors.print(
                 f"this {what} takes {most}{queries:,} answers from the recording in {source.run}: zero queries"

@@ -214,7 +214,7 @@ class Estimation:
             quality / max(rows, 1),
             float(torch.cat(norms).mean()),
             torch.cat(sample_losses),
-            self._estimator.alignment.cosine if isinstance(self._estimator, zo.Guided) else None,
+            self._cosine(),
         )
 
     def again(self) -> float:
@@ -290,6 +290,11 @@ class Estimation:
             return jacobian.gradient(jacobians, slopes)
         return jacobian.gauss_newton(jacobians, slopes, self._objective.root(answers), self._settings.damping)
 
+    def _cosine(self) -> float | None:
+        if not isinstance(self._estimator, zo.Guided) or not self._estimator.alignment.known:
+            return None
+        return self._estimator.alignment.cosine
+
     def _learn(self) -> None:
         if self._surrogate is not None:
             self._surrogate.learn()
@@ -316,6 +321,6 @@ class Estimation:
     def _asking(self, question: _Question, label: str) -> Callable[[], tuple[_Question, Tensor]]:
         def asked() -> tuple[_Question, Tensor]:
             answers = self._black_box.probed(question.probes, purpose=PURPOSE, label=label)
-            return question, answers.view(len(question.probes), -1)
+            return question, answers.reshape(-1, answers.shape[-1])
 
         return asked

@@ -47,12 +47,14 @@ class Plan:
 
     Attributes:
         noise, labels, training, validation, certification: queries still to buy; `noise` measures the noise floor. A
-            sequential certification buys at most so many.
+            sequential certification buys at most so many, and so does training where a sample's cost depends on which
+            of its latents are active.
         samples: training samples still to go through the stack.
         bytes_up, bytes_down: tensor bytes of all those queries, in the form that the oracle takes them.
         seconds: time for training, or None where the oracle's speed is not known yet.
         remaining: the budget's queries left; None for a server that keeps none.
         least: queries that the certification cannot do without; None where it takes all of `certification`.
+        least_training: the same of `training`.
     """
 
     noise: int
@@ -66,10 +68,11 @@ class Plan:
     seconds: float | None
     remaining: int | None
     least: int | None = None
+    least_training: int | None = None
 
     @property
     def to_train(self) -> int:
-        """Queries that `train` will spend."""
+        """Queries that `train` will spend, at most."""
         return self.noise + self.labels + self.training + self.validation
 
     @property
@@ -78,9 +81,12 @@ class Plan:
         return self.to_train + self.certification
 
     def check_training(self) -> None:
-        """Raises PlanUnaffordable if the budget does not cover the training."""
-        if self.remaining is not None and self.to_train > self.remaining:
-            raise PlanUnaffordable(self.to_train, self.remaining, "training")
+        """Raises PlanUnaffordable if the budget does not cover the training, or what it cannot do without."""
+        spared = 0 if self.least_training is None else self.training - self.least_training
+        needed = self.to_train - spared
+        if self.remaining is not None and needed > self.remaining:
+            what = "training" if self.least_training is None else "training, at the least,"
+            raise PlanUnaffordable(needed, self.remaining, what)
 
     def check_certification(self) -> None:
         """Raises PlanUnaffordable if the budget does not cover the certification, or what one that is sequential needs
@@ -110,14 +116,17 @@ def plan(
     train, validation, test = sizes
     progress, paid = _progress(run), _paid(run, oracle)
     samples = queries = checks = bought = noise = 0
+    least_training: int | None = None
     if config.estimator.name != "none" and train:
         settings = config.train
         every, epochs = settings.validate_every, settings.total_epochs(train)
         whole = settings.samples(settings.total_steps(train), train)
         samples = whole - settings.samples(progress.step, train)
         # What stands behind the checkpoint, less what was paid beyond it before a kill: that is asked again, for free.
-        each_costs = queries_per_sample(config, spec)
+        each_costs, least_each = _sample_costs(config, spec)
         queries = min(samples * each_costs, _left(whole * each_costs, paid, "train"))
+        if least_each < each_costs:
+            least_training = min(samples * least_each, queries)
         checked = [epoch for epoch in range(1, epochs + 1) if epoch % every == 0 or epoch == epochs]
         checks = min(
             validation * sum(epoch > progress.epoch for epoch in checked),
@@ -148,6 +157,7 @@ def plan(
         seconds=seconds,
         remaining=budget.remaining if budget is not None else None,
         least=least if config.certify.method == "sequential" else None,
+        least_training=least_training,
     )
 
 
@@ -189,12 +199,20 @@ def _directions_bytes(config: RunConfig, point: int) -> int:
 def queries_per_sample(config: RunConfig, spec: StackSpec) -> int:
     """What one training sample costs, or costs at most: the estimator's own statement; nothing where no query makes the
     gradient."""
+    return _sample_costs(config, spec)[0]
+
+
+def _sample_costs(config: RunConfig, spec: StackSpec) -> tuple[int, int]:
+    """At most, and at least."""
     estimator = config.estimator
     if not estimator.zeroth_order:
-        return 0
+        return 0, 0
     dimension = spec.autoencoder.latent if spec.autoencoder is not None else math.prod(spec.image_shape)
     made = make_estimator(estimator, estimator.mu, torch.Generator())
-    return made.queries_per_sample(dimension)
+    most = made.queries_per_sample(dimension)
+    # Without an active latent there is the query at the point itself, or none.
+    least = int(estimator.difference == "forward") if made.varies else most
+    return most, least
 
 
 def _progress(run: Path | None) -> Progress:

@@ -69,11 +69,12 @@ class Surrogate:
             probes: rows that were asked about, [n, d].
             owners: to which point each belongs, [n], int64.
             answers: f' of the rows, [n, k].
-            bases: f' of the points, [b, k].
+            bases: f' of the points, [b, k]; of a point without rows it may be anything.
         """
+        if not len(probes):
+            return
         if not self.ready:
-            centred = bases - bases.mean(dim=0)
-            self._scales = torch.stack([_rms(points), _rms(centred)]).float()
+            self._scales = torch.stack([_rms(points), _rms(answers - answers.mean(dim=0))]).float()
         size = self._config.memory
         kept = {
             "points": points[owners],

@@ -38,6 +38,11 @@ class Alignment:
         self._pending = [0.0, 0.0, 0.0]
 
     @property
+    def known(self) -> bool:
+        """Whether anything was told, up to the last step."""
+        return self._known[2] > 0
+
+    @property
     def cosine(self) -> float:
         """<g, s> / (|g| |s|), pooled over samples, in -1..1; 0 before anything is known."""
         product, square, guess = self._known

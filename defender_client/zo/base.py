@@ -108,6 +108,11 @@ class Estimator(ABC):
         directions = self.directions_per_sample(dimension)
         return directions + 1 if self.difference == "forward" else 2 * directions
 
+    @property
+    def varies(self) -> bool:
+        """Whether a sample may cost less than `queries_per_sample`, by where its point is."""
+        return False
+
     @abstractmethod
     def ask(self, points: Tensor, guide: Tensor | None = None) -> Tensor:
         """Where to evaluate the loss.

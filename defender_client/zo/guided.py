@@ -122,8 +122,7 @@ class Prior(Guided):
 
     def trusts(self, dimension: float) -> bool:
         """Whether a probe along the guess is worth more than a random one, in `dimension` dimensions."""
-        state = self.alignment.state()
-        if self.q == 1 or not state["guess"]:
+        if self.q == 1 or not self.alignment.known:
             return True  # nothing is known against it
         return self.alignment.cosine > 0 and self.alignment.cosine**2 * dimension > 1
 

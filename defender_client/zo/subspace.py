@@ -106,6 +106,10 @@ class Subspace(Estimator):
         self.active = active
         self._asked: _Asked | None = None
 
+    @property
+    def varies(self) -> bool:
+        return self.active
+
     def forget(self) -> None:
         self._asked = None
 
