@@ -31,8 +31,8 @@ from defender_client import stack as stacks
 from defender_client import zo
 from defender_client.black_box import BlackBox
 from defender_client.certify import DefendedOracle
-from defender_client.config import RunConfig
-from defender_client.estimation import Estimation
+from defender_client.config import EstimatorConfig, RunConfig, TrainConfig
+from defender_client.estimation import Batch, Estimation
 from defender_client.in_flight import Crew
 from defender_client.objective import STABILITY
 from defender_client.oracle_client import RemoteOracle
@@ -110,11 +110,12 @@ def _step(
         zo.make(options.estimator, q=options.q, difference="central", generator=generator),
         STABILITY,
         crew,
-        query_rows=options.query_rows,
-        micro_batch=options.micro_batch,
+        TrainConfig(query_rows=options.query_rows, micro_batch=options.micro_batch),
+        EstimatorConfig(),
     )
+    batch = Batch(images, images, labels, torch.ones(len(images), dtype=torch.float64))
     start = time.perf_counter()
-    result = estimation.backpropagate(images, labels, "train/0")
+    result = estimation.backpropagate(batch, "train/0")
     took = 1000 * (time.perf_counter() - start) / options.samples
     gradients = [p.grad.double().sum().item() for p in stack.trainable() if p.grad is not None]
     return took, (result.loss, result.quality, result.gradient_norm, *gradients)

@@ -264,6 +264,8 @@ def our_step(
     import os
     from dataclasses import replace
 
+    import torch
+
     from defender_client.labels import oracle_answers
     from defender_client.objective import STABILITY
     from defender_client.sources import LiveOracle
@@ -279,7 +281,7 @@ def our_step(
     trainer = _Trainer(config, run, splits, oracle, stack, objective, labels, config.estimator.mu, None)
 
     def step(index: Tensor) -> None:
-        trainer._step(index, 0)
+        trainer._train_on(index, torch.ones(len(index), dtype=torch.float64), 0)
         trainer._progress = replace(trainer._progress, step=trainer._progress.step + 1)
 
     return step

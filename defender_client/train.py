@@ -234,15 +234,19 @@ class _Trainer:
                 self._end_epoch(epoch, board)
 
     def _step(self, epoch: int) -> StepResult:
-        """One step's queries, and as many optimizer steps as they serve."""
+        """One step on the images that are its turn."""
+        index, weights = self._sampler.batch(epoch, self._progress.batch)
+        return self._train_on(index, weights, epoch)
+
+    def _train_on(self, index: Tensor, weights: Tensor, epoch: int) -> StepResult:
+        """The queries of a step on the training images at `index`, and as many optimizer steps as they serve."""
         config = self._config
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate(config.train, epoch, self._progress.batch, len(self._splits.train))
         self._stack.train()
-        chosen, weights = self._sampler.batch(epoch, self._progress.batch)
-        clean = augment(self._splits.train.floats(chosen), config.data.augment, self._generators["noise"])
+        clean = augment(self._splits.train.floats(index), config.data.augment, self._generators["noise"])
         draws = config.train.draws
-        clean, index, weights = (values.repeat_interleave(draws, dim=0) for values in (clean, chosen, weights))
+        clean, index, weights = (values.repeat_interleave(draws, dim=0) for values in (clean, index, weights))
         noisy = gaussian(clean, config.sigma, self._generators["noise"])
         batch = Batch(noisy, clean, self._targets["train"][index], weights)
         self._optimizer.zero_grad()
