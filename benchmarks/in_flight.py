@@ -113,7 +113,7 @@ def _step(
         TrainConfig(query_rows=options.query_rows, micro_batch=options.micro_batch),
         EstimatorConfig(),
     )
-    batch = Batch(images, images, labels, torch.ones(len(images), dtype=torch.float64))
+    batch = Batch.even(images, images, labels)
     start = time.perf_counter()
     result = estimation.backpropagate(batch, "train/0")
     took = 1000 * (time.perf_counter() - start) / options.samples

@@ -55,6 +55,11 @@ class Batch:
     def __len__(self) -> int:
         return len(self.noisy)
 
+    @classmethod
+    def even(cls, noisy: Tensor, clean: Tensor, targets: Tensor) -> Batch:
+        """One whose samples count alike."""
+        return cls(noisy, clean, targets, torch.ones(len(noisy), dtype=torch.float64))
+
     def part(self, start: int, stop: int) -> Batch:
         """Samples `start` to `stop`."""
         kept = slice(start, stop)

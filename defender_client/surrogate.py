@@ -46,12 +46,14 @@ class Surrogate:
             "differences": torch.zeros(size, answers),
         }
         self._written = 0
+        self._taught = False
         self._scales = torch.ones(2)  # of points and of answers, from the first that were seen
 
     @property
     def ready(self) -> bool:
-        """Whether it has seen anything."""
-        return self._written > 0
+        """Whether it has learnt anything. It has not while its first step's answers come in, so that no guide depends
+        on how many of them are there."""
+        return self._taught
 
     def guide(self, points: Tensor, targets: Tensor, objective: Objective) -> Tensor:
         """dl(s(w))/dw [b, d] of the run's loss; 0 before anything was learnt."""
@@ -73,7 +75,7 @@ class Surrogate:
         """
         if not len(probes):
             return
-        if not self.ready:
+        if not self._written:
             self._scales = torch.stack([_rms(points), _rms(answers - answers.mean(dim=0))]).float()
         size = self._config.memory
         kept = {
@@ -90,8 +92,9 @@ class Surrogate:
 
     def learn(self) -> None:
         """Some Adam steps on what is remembered."""
-        if not self.ready:
+        if not self._written:
             return
+        self._taught = True
         config, filled = self._config, min(self._written, self._config.memory)
         for _ in range(config.steps):
             chosen = torch.randint(0, filled, (min(config.batch, filled),), generator=self._generator)
@@ -146,6 +149,7 @@ class Surrogate:
         self._net.load_state_dict(weights)
         self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
         self._written = int(state["written"])
+        self._taught = self._written > 0
         for name, values in self._memory.items():
             known = state[f"{_PREFIX_MEMORY}{name}"]
             values[: len(known)] = known

@@ -77,7 +77,7 @@ def test_kills_and_requests_in_flight_change_nothing(
     quiet = server.caller(10**6)
     train_here(tiny(tmp_path, *settings), tmp_path / "quiet", server.url, quiet.key)
     run = tmp_path / "run"
-    for number, in_flight in ((9, 1), (4, 3), (2, 2)):
+    for number, in_flight in ((4, 1), (3, 3), (2, 2)):
         config = tiny(tmp_path, *settings, f"train.in_flight={in_flight}", "train.checkpoint_every=1")
         with pytest.raises(Killed):
             train_here(config, run, server.url, caller.key, Interfering(after=at(number, Killed())))
@@ -87,12 +87,12 @@ def test_kills_and_requests_in_flight_change_nothing(
     assert spent(server, caller) == spent(server, quiet)
 
 
-def test_a_checkpoint_without_the_surrogate_belongs_to_another_run(
+def test_a_checkpoint_keeps_the_surrogate_and_what_is_known_of_it(
     server: Running, caller: Caller, tmp_path: Path
 ) -> None:
     config, run = tiny(tmp_path, *PRIOR), tmp_path / "run"
     with pytest.raises(Killed):
-        train_here(config, run, server.url, caller.key, Interfering(after=at(12, Killed())))
+        train_here(config, run, server.url, caller.key, Interfering(after=at(6, Killed())))
     saved = checkpoints.load(run / CHECKPOINT_FILE)
     assert saved is not None
     assert saved.beside_of("surrogate")

@@ -16,6 +16,7 @@ from defender_client import jobs
 from defender_client import stack as stacks
 from defender_client.config import ConfigError, RunConfig
 from defender_client.data import load_splits
+from defender_client.estimation import Batch
 from defender_client.first_order import FirstOrder
 from defender_client.losses import squared_error
 from defender_client.objective import RECONSTRUCTION, STABILITY
@@ -58,7 +59,9 @@ def test_the_gradient_is_that_of_the_mean_loss_through_the_whole(
     F.cross_entropy(classifier(stack(images)).double(), labels).backward()
     exact = [p.grad.clone() for p in stack.trainable() if p.grad is not None]
     stack.zero_grad()
-    result = FirstOrder(stack, classifier, STABILITY, micro_batch=micro_batch).backpropagate(images, labels, "")
+    result = FirstOrder(stack, classifier, STABILITY, micro_batch=micro_batch).backpropagate(
+        Batch.even(images, images, labels), ""
+    )
     assert float(torch.cat([g.flatten() for g in exact]).norm()) > 0
     for found, expected in zip((p.grad for p in stack.trainable()), exact, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
@@ -76,7 +79,7 @@ def test_a_reconstruction_s_gradient_is_that_of_the_mean_squared_error(tmp_path:
     F.mse_loss(box(stack(images)), targets).backward()
     exact = [p.grad.clone() for p in stack.trainable() if p.grad is not None]
     stack.zero_grad()
-    result = FirstOrder(stack, box, RECONSTRUCTION).backpropagate(images, targets, "")
+    result = FirstOrder(stack, box, RECONSTRUCTION).backpropagate(Batch.even(images, images, targets), "")
     for found, expected in zip((p.grad for p in stack.trainable()), exact, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
     rmse = squared_error(box(stack(images)), targets).sqrt().mean()

@@ -40,8 +40,8 @@ from defender_client import stack as stacks
 from defender_client.black_box import BlackBox
 from defender_client.certify import CERTIFIED_FILE, read
 from defender_client.checkpoints import CHECKPOINT_FILE
-from defender_client.config import ConfigError, RunConfig
-from defender_client.estimation import Estimation
+from defender_client.config import ConfigError, RunConfig, TrainConfig
+from defender_client.estimation import Batch, Estimation
 from defender_client.in_flight import Crew
 from defender_client.jobs import train_job
 from defender_client.labels import LABELS_FILE
@@ -258,9 +258,10 @@ def test_the_micro_batches_of_a_step_are_one_batch_where_nothing_is_taken_over_i
             stack = stacks.Stack(stacks.specify(config, (1, 8, 8), 10)).train()
             estimator = RandomDirections(3, 0.1, generator=torch.Generator().manual_seed(1))
             black_box = BlackBox(stack, oracle, 28)
-            estimation = Estimation(stack, black_box, estimator, STABILITY, crew, query_rows=4, micro_batch=micro_batch)
+            settings = TrainConfig(query_rows=4, micro_batch=micro_batch)
+            estimation = Estimation(stack, black_box, estimator, STABILITY, crew, settings, config.estimator)
             images, labels = torch.from_numpy(digits(20)), torch.arange(20) % 10
-            result = estimation.backpropagate(images, labels, f"train/{micro_batch}")
+            result = estimation.backpropagate(Batch.even(images, images, labels), f"train/{micro_batch}")
             gradients.append(torch.cat([p.grad.flatten() for p in stack.trainable() if p.grad is not None]))
             assert 0 < result.loss < 10
     for gradient in gradients[1:]:
