@@ -36,7 +36,7 @@ def test_the_frontier_over_http_and_again_for_nothing(tmp_path: Path, monkeypatc
 
     run("--budgets", "1000", "2000")
     found = json.loads((tmp_path / "frontier.json").read_text())
-    assert list(found["rows"]) == ["mse-ae-ds", *FEW[:-1]]
+    assert set(found["rows"]) == set(FEW)
     for name, budgets in found["rows"].items():
         for budget, seeds in budgets.items():
             spent = seeds["0"]["training_queries"]
