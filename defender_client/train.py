@@ -340,7 +340,9 @@ class _Trainer:
             tensors |= {f"surrogate.{name}": value for name, value in self._surrogate.state().items()}
         if isinstance(self._estimator, zo.Guided):
             alignment = self._estimator.alignment.state()
-            tensors |= {f"alignment.{name}": torch.tensor(value, dtype=torch.float64) for name, value in alignment.items()}
+            tensors |= {
+                f"alignment.{name}": torch.tensor(value, dtype=torch.float64) for name, value in alignment.items()
+            }
         return tensors
 
     def _restore(self, checkpoint: checkpoints.Checkpoint) -> None:

@@ -1,6 +1,6 @@
 """How good estimates are: against autograd through the classifier itself, at states of real runs.
 
-    cosine          cos(g^, g) of a sample's latent gradient, as far as the encoder lets it through; mean
+    cosine          cos(g^, g) of a sample's latent gradient, as far as the encoder lets it through; mean, 0 if it lets none
     norm ratio      |g^| / |g|, median
     batch cosine    of the sums over a batch of dw/dtheta^T g^ and dw/dtheta^T g: what a training step goes by
 
@@ -79,14 +79,15 @@ def measure(job: Job, variant: str, budget: int, source: WhiteBoxSource) -> Qual
     through = (points != 0) if stack.autoencoder is not None else torch.ones_like(points, dtype=torch.bool)
     ours, true = (torch.where(through, values, 0.0).detach() for values in (estimate, truth))
     alive = (true.norm(dim=1) > 0) & (ours.norm(dim=1) > 0)
+    some = bool(alive.any())  # a bad guide may leave an encoder without an active latent
     parameters = [_parameters(stack, points, values) for values in (ours, true)]
     return Quality(
         variant=variant,
         budget=budget,
         seed=config.seed,
         queries=len(asked) / len(points),
-        cosine=float(F.cosine_similarity(ours, true, dim=1)[alive].mean()),
-        norm_ratio=float((ours.norm(dim=1) / true.norm(dim=1).clamp(min=1e-30))[alive].median()),
+        cosine=float(F.cosine_similarity(ours, true, dim=1)[alive].mean()) if some else 0.0,
+        norm_ratio=float((ours.norm(dim=1) / true.norm(dim=1).clamp(min=1e-30))[alive].median()) if some else 0.0,
         batch_cosine=float(F.cosine_similarity(parameters[0], parameters[1], dim=0)),
     )
 
