@@ -1,6 +1,6 @@
 """How good estimates are: against autograd through the classifier itself, at states of real runs.
 
-    cosine          cos(g^, g) of a sample's latent gradient, as far as the encoder lets it through; mean, 0 if it lets none
+    cosine          cos(g^, g) of a sample's latent gradient, as far as the encoder lets it through; the mean, or 0
     norm ratio      |g^| / |g|, median
     batch cosine    of the sums over a batch of dw/dtheta^T g^ and dw/dtheta^T g: what a training step goes by
 
