@@ -27,6 +27,7 @@ from pydantic import (
     model_validator,
 )
 
+from defender_client import zo
 from defender_client.errors import ConfigError as ConfigError  # everybody finds it here
 from defender_client.models import DenoiserSpec
 from defender_client.scales import FULL, changes_of, merge
@@ -102,14 +103,14 @@ class EstimatorConfig(_Section):
             raise ValueError(f"spread={self.spread} needs a guide: it is for prior and control-variate, not for {name}")
         if name == "distil" and (self.values != "losses" or self.direction != "gradient"):
             raise ValueError("distil estimates no derivative: leave values and direction out")
-        if self.direction == "gauss-newton" and name in ("rge", "fo", "none"):
-            raise ValueError(f"gauss-newton needs orthonormal directions or coordinates, not {name}")
+        if self.direction == "gauss-newton" and name in ("rge", "control-variate", "fo", "none"):
+            raise ValueError(f"gauss-newton needs the Jacobian of cge, active-cge, orthonormal or prior, not {name}")
         return self
 
     @property
     def guided(self) -> bool:
         """Whether it needs a surrogate."""
-        return self.name in ("prior", "control-variate", "distil")
+        return self.name in zo.GUIDED
 
     @property
     def zeroth_order(self) -> bool:
@@ -259,9 +260,10 @@ class RunConfig(_Section):
     def _trainable(self) -> RunConfig:
         if self.estimator.name != "none" and self.denoiser.architecture == "none":
             raise ValueError("there is nothing to train without a denoiser: set estimator.name=none too")
-        if self.estimator.active and self.autoencoder.architecture == "none":
-            raise ValueError("estimator.active leaves out what the encoder's ReLU holds at zero: there is no encoder")
-        if self.train.inner_steps > 1 and self.estimator.name in ("rge", "distil", "fo", "none"):
+        active = self.estimator.active or self.estimator.name == "active-cge"
+        if active and self.autoencoder.architecture == "none":
+            raise ValueError("only what the encoder's ReLU holds at zero may be left out, and there is no encoder")
+        if self.train.inner_steps > 1 and self.estimator.name in ("rge", "control-variate", "distil", "fo", "none"):
             raise ValueError(f"train.inner_steps uses a Jacobian again, and {self.estimator.name} has none")
         if self.task == "reconstruction" and self.data.augment != "none":
             raise ValueError(

@@ -16,28 +16,23 @@ from torch import Tensor
 from defender_client.zo.alignment import Alignment
 from defender_client.zo.base import MU, Description, Difference, Estimator, NothingAsked, check_factored, check_losses
 from defender_client.zo.spending import allocate
-from defender_client.zo.subspace import Derivatives, Frame, Scale, Subspace, random_frame
+from defender_client.zo.subspace import Derivatives, Frame, RandomSubspace, Scale, random_frame
 from shared.wire.probes import Directions, Probes
 
 Spread = Literal["even", "guide"]
 
 
-class Guided(Subspace):
-    """q directions a sample, on average, and a guide.
+class Guided(RandomSubspace):
+    """q directions a sample, on average where they are spread, and a guide.
 
     Args:
-        q: directions per sample.
-        generator: draws them.
-        mu, difference, active: see `Subspace`.
+        q, generator, mu, difference, active: see `RandomSubspace`.
         spread: "even": q for every sample. "guide": as many in all, in proportion to |s| sqrt(d), which is where the
             variance is (Neyman 1934): a sample's part of it is about |g|^2 d / q. At least one each; counts depend on
             the guide alone, and no estimate becomes biased by them.
 
     Attributes:
         alignment: of the guides so far; shared by forks.
-
-    Raises:
-        ValueError: `q` below 1, or as `Estimator`.
     """
 
     guided = True
@@ -52,20 +47,9 @@ class Guided(Subspace):
         active: bool = False,
         spread: Spread = "even",
     ) -> None:
-        super().__init__(mu, difference, active=active)
-        if q < 1:
-            raise ValueError(f"q must be at least 1, not {q}")
-        self.q, self.spread = q, spread
+        super().__init__(q, mu, difference, generator=generator, active=active)
+        self.spread = spread
         self.alignment = Alignment()
-        self._generator = generator
-
-    @property
-    def description(self) -> Description:
-        return Description(self.name, self.mu, self.difference, self.q)
-
-    def directions_per_sample(self, dimension: int) -> int:
-        """On average over the samples of a question, where they are spread."""
-        return min(self.q, dimension)
 
     def _random(self, points: Tensor, open_: Tensor, guide: Tensor, first: Tensor | None) -> Frame:
         m = self.directions_per_sample(points.shape[1])

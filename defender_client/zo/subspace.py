@@ -235,7 +235,42 @@ class ActiveCGE(Subspace):
         return told.combine(told.values)
 
 
-class Orthonormal(Subspace):
+class RandomSubspace(Subspace):
+    """q random directions a sample, or as many as its subspace has.
+
+    Args:
+        q: directions per sample.
+        generator: draws them; on any device.
+        mu, difference, active: see `Subspace`.
+
+    Raises:
+        ValueError: `q` below 1, or as `Estimator`.
+    """
+
+    def __init__(
+        self,
+        q: int,
+        mu: float = MU,
+        difference: Difference = "forward",
+        *,
+        generator: torch.Generator,
+        active: bool = False,
+    ) -> None:
+        super().__init__(mu, difference, active=active)
+        if q < 1:
+            raise ValueError(f"q must be at least 1, not {q}")
+        self.q = q
+        self._generator = generator
+
+    @property
+    def description(self) -> Description:
+        return Description(self.name, self.mu, self.difference, self.q)
+
+    def directions_per_sample(self, dimension: int) -> int:
+        return min(self.q, dimension)
+
+
+class Orthonormal(RandomSubspace):
     """q orthonormal directions, uniform among all frames of the subspace, drawn anew for every sample.
 
         unbiased:    kappa = d / q      E[g] = gradient
@@ -246,12 +281,8 @@ class Orthonormal(Subspace):
     is probed along more directions than that. Central differences are antithetic pairs.
 
     Args:
-        q: directions per sample.
-        generator: draws them; on any device.
-        mu, difference, active: see `Subspace`.
-
-    Raises:
-        ValueError: `q` below 1, or as `Estimator`.
+        q, generator, mu, difference, active: see `RandomSubspace`.
+        scale: which of the two.
 
     Source: Haar-distributed frames by QR (Mezzadri, Notices of the AMS 54, 2007); orthogonal directions for ZO in
     Kozak et al., Computational Optimization and Applications 79, 2021.
@@ -269,18 +300,8 @@ class Orthonormal(Subspace):
         active: bool = False,
         scale: Scale = "unbiased",
     ) -> None:
-        super().__init__(mu, difference, active=active)
-        if q < 1:
-            raise ValueError(f"q must be at least 1, not {q}")
-        self.q, self.scale = q, scale
-        self._generator = generator
-
-    @property
-    def description(self) -> Description:
-        return Description(self.name, self.mu, self.difference, self.q)
-
-    def directions_per_sample(self, dimension: int) -> int:
-        return min(self.q, dimension)
+        super().__init__(q, mu, difference, generator=generator, active=active)
+        self.scale = scale
 
     def _frame(self, points: Tensor, open_: Tensor, guide: Tensor) -> Frame:
         return random_frame(self.directions_per_sample(points.shape[1]), points, open_, self._generator)

@@ -137,6 +137,9 @@ def test_mse_pulls_the_denoiser_towards_the_clean_image(server: Running, tmp_pat
         (("estimator.name=distil", "estimator.values=answers"), "distil"),
         (("estimator.name=rge", "estimator.direction=gauss-newton"), "gauss-newton"),
         (("estimator.name=rge", "train.inner_steps=2"), "inner_steps"),
+        (("estimator.name=control-variate", "train.inner_steps=2"), "inner_steps"),
+        (("estimator.name=control-variate", "estimator.direction=gauss-newton"), "gauss-newton"),
+        (("estimator.name=active-cge", "autoencoder.architecture=none"), "encoder"),
         (("estimator.name=orthonormal", "estimator.q=0"), "q must"),
         (
             ("estimator.name=prior", "estimator.active=true", "autoencoder.architecture=none"),
