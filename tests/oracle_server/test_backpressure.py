@@ -72,12 +72,13 @@ def kinds(server: Running, caller: Caller) -> list[str]:
 def fill(server: Running, pool: ThreadPoolExecutor, caller: Caller, *batches: int) -> list[object]:
     """Ask for so many rows at a time, and wait until they are in the queue."""
     asked = []
+    key = caller.headers["Authorization"].encode()
     for rows in batches:
         before = server.service.admission.rows
         asked.append(pool.submit(caller.infer, digits(rows)))
         until(lambda rows=rows, before=before: server.service.admission.rows == before + rows)
-    key = caller.headers["Authorization"].encode()
-    until(lambda: server.service.admission.recall(key))
+        # Its place is its client's only from here on: what came in between would have it refused.
+        until(lambda: server.service.admission.recall(key))
     return asked
 
 
