@@ -25,9 +25,9 @@ from defender_client.estimation import make_estimator
 from defender_client.progress import console
 from defender_client.whitebox import WhiteBoxSource
 from oracle_server.loading import SHIPPED
-from shared.datasets import ImageSet
 
 _QUALITY = "quality.json"
+_BASE = "zo-ae-ds-cge"
 _SAMPLE = 256  # images by which the cost of a sample is estimated
 
 
@@ -95,32 +95,41 @@ def _points(options: argparse.Namespace) -> Iterator[Point]:
                     whitebox=None,
                     pretrained=options.out / "pretrained",
                 )
-                yield Point(variant, budget, seed, replace(job, config=_within(job, budget)) if budget else job)
+                if budget:
+                    least, most = options.samples
+                    cost = _sample_cost(job)
+                    if not least <= budget / cost <= most:
+                        continue
+                    job = replace(job, config=_within(job, budget, cost))
+                yield Point(variant, budget, seed, job)
 
 
 def _config(options: argparse.Namespace, variant: Variant, seed: int) -> RunConfig:
-    settings = [f"data.dataset={options.dataset}", f"seed={seed}", *options.settings, *variant.settings]
-    config = configs.load_preset(variant.preset, settings, options.scale)
-    return certify_like(config, {"images": options.images, "n": options.n})
+    common = [f"data.dataset={options.dataset}", f"seed={seed}", *options.settings]
+    config = configs.load_preset(variant.preset, [*common, *variant.settings], options.scale)
+    # Certified alike, whatever their presets say.
+    alike = configs.load_preset(_BASE, common, options.scale).certify
+    return certify_like(config.model_copy(update={"certify": alike}), {"images": options.images, "n": options.n})
 
 
-def _within(job: Job, budget: int) -> RunConfig:
-    """The configuration with as many steps as the budget buys, and a validation at the end of each quarter at most."""
+def _within(job: Job, budget: int, cost: float) -> RunConfig:
+    """The configuration with as many steps as the budget buys at `cost` queries a sample, and a validation at the end
+    of each quarter at most."""
     config = job.config
-    images = load_splits(config.data, job.data, config.seed).train
-    step = _sample_cost(job, images) * config.train.batch * config.train.draws
+    step = cost * config.train.batch * config.train.draws
     if budget < step:
         raise Failed(f"--budgets {budget}: one step takes {step:.0f} queries")
     settings = config.train.model_copy(update={"steps": int(budget / step)})
-    every = max(1, settings.total_epochs(len(images)) // 4)
+    images = len(load_splits(config.data, job.data, config.seed).train)
+    every = max(1, settings.total_epochs(images) // 4)
     return config.model_copy(update={"train": settings.model_copy(update={"validate_every": every})})
 
 
-def _sample_cost(job: Job, images: ImageSet) -> float:
+def _sample_cost(job: Job) -> float:
     """Queries of a training sample, on average over noisy images before the first step: what active coordinates cost is
     known from the points alone, and nothing is asked for it."""
     config, stack = job.config, stacks.load(pretrained(job))
-    clean = images.floats(slice(0, _SAMPLE))
+    clean = load_splits(config.data, job.data, config.seed).train.floats(slice(0, _SAMPLE))
     with torch.no_grad():
         points = stack.front(gaussian(clean, config.sigma, torch.Generator().manual_seed(config.seed)))
     estimator = make_estimator(config.estimator, config.estimator.mu, torch.Generator().manual_seed(0))

@@ -16,7 +16,8 @@ class Variant:
         title: in the table.
         settings: what it changes in the base configuration.
         queries: whether its gradients are made of queries; else it is one point, at none.
-        preset: what it is based on.
+        preset: what it is based on: the paper's method from scratch, or `zo-ae-ds`, which begins with a denoiser
+            trained on MSE.
     """
 
     name: str
@@ -28,6 +29,10 @@ class Variant:
 
 def _zo(name: str, title: str, estimator: str, *settings: str) -> Variant:
     return Variant(name, title, (f"estimator.name={estimator}", *settings))
+
+
+def _warm(name: str, title: str, estimator: str, *settings: str) -> Variant:
+    return Variant(name, title, (f"estimator.name={estimator}", *settings), preset="zo-ae-ds")
 
 
 FORWARD = "estimator.difference=forward"
@@ -83,6 +88,16 @@ VARIANTS = (
     _zo("prior-mse", "prior-guided q = 2, + MSE", "prior", "estimator.q=2", FORWARD, *_ACTIVE, MSE),
     _zo("distil", "distil only (no ZO estimate)", "distil", "estimator.q=0"),
     _zo("distil-mse", "distil only, + MSE", "distil", "estimator.q=0", MSE),
+    _warm(
+        "cge-central-warm",
+        "CGE, central, warm start",
+        "cge",
+        "estimator.active=false",
+        "estimator.difference=central",
+    ),
+    _warm("active-cge-warm", "active-set CGE, warm start", "active-cge"),
+    _warm("prior-q2-warm", "prior-guided q = 2, warm start (zo-ae-ds)", "prior"),
+    _warm("distil-warm", "distil only, warm start", "distil", "estimator.q=0", "estimator.active=false"),
     Variant("mse-ae-ds", "MSE only, no query", (), queries=False, preset="mse-ae-ds"),
     Variant("mse-ds", "MSE only, no autoencoder, no query", (), queries=False, preset="mse-ds"),
 )

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from benchmarks.measuring import ROOT, Child, Failed
 from defender_client.sources import LiveOracle
+from oracle_server.key_files import key_file
+from oracle_server.ledger import Ledger
 
 _START_S = 180.0
 
@@ -45,26 +47,25 @@ class TableOracle:
             self._child.stop()
             raise
         self.url = line.removeprefix("listening on ").strip()
+        self._book = Ledger.open(self._ledger, create=False)
 
     def client(self, name: str) -> LiveOracle:
         """The oracle as a client of this name sees it: added with a budget of nothing, if it is new."""
-        key_file = self._folder / f"{name}.key"
-        self._run("clients", "add", name, "--budget", "0", "--key-file", str(key_file), "--exist-ok")
-        return LiveOracle(self.url, key_file.read_text(encoding="utf-8").strip())
+        path = self._folder / f"{name}.key"
+        if not path.exists():
+            with key_file(path) as write:
+                _, key = self._book.add_client(name, 0)
+                write(key.reveal())
+        return LiveOracle(self.url, path.read_text(encoding="utf-8").strip())
 
     def grant(self, name: str, budget: int) -> None:
         """Set a client's lifetime budget, in queries."""
-        self._run("clients", "set-budget", name, str(budget))
+        self._book.set_budget(name, budget)
 
     def stop(self) -> None:
+        self._book.close()
         with suppress(OSError):
             self._child.stop()
-
-    def _run(self, *arguments: str) -> None:
-        command = [sys.executable, "-m", "oracle_server", *arguments, "--ledger", self._ledger]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-        if done.returncode:
-            raise Failed(f"oracle-server {' '.join(arguments)}: {done.stderr.strip()}")
 
 
 def retrain(hidden: Hidden, out: Path, options: Sequence[str]) -> None:

@@ -24,13 +24,18 @@ def test_every_variant_is_a_configuration_of_its_own() -> None:
     assert len({config.model_dump_json() for config in made}) == len(made)
     trained = [config for config, variant in zip(made, VARIANTS, strict=True) if variant.queries]
     assert all(config.estimator.zeroth_order for config in trained)
-    # The rest is alike: optimizer, rate, schedule, batch, pre-training.
-    assert len({(c.train.lr, c.train.batch, c.train.schedule, c.pretrain.model_dump_json()) for c in trained}) == 1
+    # The rest is alike, among those from scratch and among those that begin warm: rate, schedule, batch, pre-training.
+    for preset in ("zo-ae-ds-cge", "zo-ae-ds"):
+        alike = [c for c in trained if c.preset == preset]
+        assert len(alike) > 1
+        assert len({(c.train.lr, c.train.batch, c.train.schedule, c.pretrain.model_dump_json()) for c in alike}) == 1
+    assert all((c.pretrain.denoiser_epochs > 0) == (c.preset == "zo-ae-ds") for c in trained)
 
 
 def test_the_frontier_over_http_and_again_for_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(*more: str) -> None:
         arguments = ["--out", str(tmp_path), "--scale", "smoke", "--images", "4", "--seeds", "0", "--variants", *FEW]
+        arguments += ["--samples", "25", "10000"]
         monkeypatch.setattr(sys, "argv", ["frontier", *arguments, *more])
         make_frontier(options())
 
@@ -63,5 +68,7 @@ def test_the_frontier_over_http_and_again_for_nothing(tmp_path: Path, monkeypatc
     spent_before = ledgers(tmp_path)
     run("--budgets", "1000", "2000")
     assert ledgers(tmp_path) == spent_before
+    run("--budgets", "20", "3000000")  # too few samples, and too many
+    assert ledgers(tmp_path) == spent_before
     with pytest.raises(Failed, match="one step takes"):
-        run("--budgets", "10")
+        run("--budgets", "10", "--samples", "1", "100")

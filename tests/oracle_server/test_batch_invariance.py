@@ -215,7 +215,8 @@ def test_an_anchor_decides_by_its_answers_and_not_by_the_clock(
 ) -> None:
     in_haste = climb(compute, (3,), pair, anchor, 0.0, anchor)
     # Of those that answer as the anchor does, how many are used is the clock's to say.
-    assert in_haste.sizes and set(in_haste.sizes) <= sizes
+    assert in_haste.sizes
+    assert set(in_haste.sizes) <= sizes
     alone = climb(by_position, (3,), pair, 16, 60.0, 16)  # it is not steady: as without it
     assert set(alone.sizes) <= {1, 2, 4}
 
