@@ -60,9 +60,10 @@ class DataConfig(_Section):
 
 class AutoencoderConfig(_Section):
     """`auto` is the paper's where it has one (CIFAR-10 and MNIST with latent 192, STL-10 with 576), and a pyramid of
-    convolutions elsewhere."""
+    convolutions elsewhere. `pca` is linear: principal components of the training images, which nothing is trained of
+    afterwards, neither decoder nor encoder; `width` is the pyramid's alone."""
 
-    architecture: Literal["auto", "paper", "pyramid", "none"] = "auto"
+    architecture: Literal["auto", "paper", "pyramid", "pca", "none"] = "auto"
     latent: PositiveInt = 192
     width: PositiveInt = 32
 

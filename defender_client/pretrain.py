@@ -1,6 +1,7 @@
 """White-box pre-training at zero queries: the autoencoder on mean squared error, then, if asked for, the denoiser.
 
-The autoencoder's loss is |Dec(Enc(x)) - x|^2 (Zhang et al., ICLR 2022, section 5.1). The denoiser's, in front of the
+The autoencoder's loss is |Dec(Enc(x)) - x|^2 (Zhang et al., ICLR 2022, section 5.1), whose best linear solution is
+principal components. The denoiser's, in front of the
 frozen autoencoder, is |D(x + delta) - x|^2, the zero-query start that the paper compares training from scratch with.
 """
 
@@ -16,13 +17,15 @@ from torch.nn import functional as F
 
 from defender_client import checkpoints
 from defender_client import stack as stacks
-from defender_client.config import RunConfig
+from defender_client.config import ConfigError, RunConfig
 from defender_client.data import Splits, epoch_order, gaussian
 from defender_client.progress import meter
 from defender_client.stack import Stack, StackSpec
 from shared.augmentation import augment
+from shared.models.autoencoder import Autoencoder, fit_principal
 
 PRETRAINED_FILE = "pretrained.safetensors"
+_FEW, _MANY = 4096, 20_000  # images whose components are sought: where there are more pixels than the first, so few
 
 
 def fresh_stack(spec: StackSpec, seed: int) -> Stack:
@@ -49,7 +52,9 @@ def pretrain(config: RunConfig, spec: StackSpec, run: Path, splits: Splits) -> S
         return stack
     stack = fresh_stack(spec, config.seed)
     autoencoder = stack.autoencoder
-    if autoencoder is not None:
+    if autoencoder is not None and autoencoder.spec.fitted:
+        _fit_principal(autoencoder, splits)
+    elif autoencoder is not None:
         autoencoder.decoder.requires_grad_(True)
 
         def reconstruct(images: Tensor, _: torch.Generator) -> Tensor:
@@ -66,6 +71,18 @@ def pretrain(config: RunConfig, spec: StackSpec, run: Path, splits: Splits) -> S
         _fit(config, stack, stack.denoiser, denoise, "denoiser", config.pretrain.denoiser_epochs, run, splits)
     stacks.save(stack, path)
     return stack.eval()
+
+
+def _fit_principal(autoencoder: Autoencoder, splits: Splits) -> None:
+    """Principal components of the training images, or of as many as the arithmetic is worth."""
+    few = math.prod(autoencoder.spec.image_shape) > _FEW
+    images = splits.train.floats(slice(0, _FEW if few else _MANY))
+    try:
+        with meter("fit principal components", len(images), "images") as progress:
+            fit_principal(autoencoder, images)
+            progress.advance(len(images))
+    except ValueError as error:
+        raise ConfigError(f"autoencoder.architecture=pca: {error}; set a smaller autoencoder.latent") from None
 
 
 def _fit(

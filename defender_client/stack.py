@@ -9,6 +9,7 @@ The file says what the stack is, so that nothing can be dropped or forgotten at 
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from defender_client.config import CONFIG_FILE, AutoencoderConfig, ConfigError, RunConfig
 from defender_client.models import DenoiserSpec, build_denoiser
-from shared.models.autoencoder import Autoencoder, AutoencoderSpec, Shape, paper, pyramid
+from shared.models.autoencoder import Autoencoder, AutoencoderSpec, Shape, paper, principal, pyramid
 
 _METADATA = "stack"
 
@@ -45,7 +46,8 @@ class Stack(nn.Module):
         self.denoiser = build_denoiser(spec.denoiser, spec.image_shape[0])
         self.autoencoder = Autoencoder(spec.autoencoder) if spec.autoencoder is not None else None
         if self.autoencoder is not None:
-            self.autoencoder.decoder.requires_grad_(False)
+            frozen = self.autoencoder if self.autoencoder.spec.fitted else self.autoencoder.decoder
+            frozen.requires_grad_(False)
 
     @property
     def dimension(self) -> int:
@@ -96,6 +98,13 @@ def specify(config: RunConfig, image_shape: Shape, classes: int) -> StackSpec:
 def _autoencoder(config: AutoencoderConfig, image_shape: Shape) -> AutoencoderSpec | None:
     if config.architecture == "none":
         return None
+    if config.architecture == "pca":
+        pixels = math.prod(image_shape)
+        if config.latent > pixels:
+            raise ConfigError(
+                f"autoencoder.latent={config.latent}: images {list(image_shape)} have {pixels} components"
+            )
+        return principal(image_shape, config.latent)
     of_the_paper = paper(image_shape, config.latent)
     if config.architecture == "paper" and of_the_paper is None:
         raise ConfigError(

@@ -84,7 +84,7 @@ class Decoder:
         # torch only reads, but warns of arrays that it could not write to, such as views of a request's bytes.
         writable = np.require(latents, np.float32, ("C", "W", "A"))
         images: Float32 = self._engine(torch.from_numpy(writable)).numpy()
-        # A sigmoid's values are in [0, 1] or not numbers, and one NaN makes the sum one.
+        # A sigmoid's values, and a clamp's, are in [0, 1] or not numbers, and one NaN makes the sum one.
         if np.isnan(images.sum(dtype=np.float64)):
             row = int(np.isnan(images).reshape(len(images), -1).any(1).argmax())
             raise UnacceptableValues(

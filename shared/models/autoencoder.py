@@ -1,4 +1,4 @@
-"""The autoencoder: an encoder that ends in a ReLU and a decoder that ends in a sigmoid.
+"""The autoencoder: an encoder that ends in a ReLU and a decoder that ends in a sigmoid; or principal components.
 
 The decoder is frozen after pre-training and merged into the black box, f'(z) = f(Dec(z)) (Zhang et al., ICLR 2022,
 section 4), so that zeroth-order estimation searches the latent, of dimension d, and not the pixels.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 from pydantic import BaseModel, ConfigDict, PositiveInt
 from torch import Tensor, nn
 
@@ -16,6 +17,7 @@ from shared.models.layers import Activation, Conv, ConvTranspose, Flatten, Layer
 
 RELU = Activation(kind="relu")
 SIGMOID = Activation(kind="sigmoid")
+CLAMP = Activation(kind="clamp")
 
 Shape = tuple[int, int, int]
 
@@ -29,10 +31,13 @@ class AutoencoderSpec(BaseModel):
     latent: PositiveInt
     encoder: tuple[Layer, ...]
     decoder: tuple[Layer, ...]
+    fitted: bool = False
+    """Whether its weights are computed from images, and never trained (`principal`)."""
 
 
 class Autoencoder(nn.Module):
-    """`encode`: images [b, c, h, w] in [0, 1] -> latents [b, d] >= 0; `decode`: back, images in (0, 1)."""
+    """`encode`: images [b, c, h, w] in [0, 1] -> latents [b, d], >= 0 but for principal components; `decode`: back,
+    images in [0, 1]."""
 
     def __init__(self, spec: AutoencoderSpec) -> None:
         super().__init__()
@@ -134,3 +139,50 @@ def pyramid(image_shape: Shape, latent: int, width: int = 32) -> AutoencoderSpec
             *mirror,
         ),
     )
+
+
+def principal(image_shape: Shape, latent: int) -> AutoencoderSpec:
+    """Principal components: the linear autoencoder of the least squared error (Eckart and Young, Psychometrika 1936).
+
+    Args:
+        image_shape: (c, h, w).
+        latent: dimension d of the latent, at most c * h * w.
+    """
+    pixels = math.prod(image_shape)
+    return AutoencoderSpec(
+        image_shape=image_shape,
+        latent=latent,
+        encoder=(Flatten(), Linear(features_in=pixels, features_out=latent)),
+        decoder=(Linear(features_in=latent, features_out=pixels), CLAMP, Unflatten(shape=image_shape)),
+        fitted=True,
+    )
+
+
+@torch.no_grad()
+def fit_principal(autoencoder: Autoencoder, images: Tensor) -> None:
+    """Give a `principal` autoencoder its weights: with the d largest eigenvectors V of the images' covariance
+
+        Enc(x) = V^T (x - m),    Dec(z) = clamp(V z + m),    m the mean image
+
+    Args:
+        images: float32 [n, c, h, w]. Of the n pixels and the n images it is the fewer that costs: their number cubed.
+
+    Raises:
+        ValueError: fewer images than latents.
+    """
+    latent = autoencoder.spec.latent
+    if len(images) <= latent:
+        raise ValueError(f"{latent} principal components need more images than {len(images)}")
+    rows = images.flatten(1)
+    mean = rows.mean(dim=0)
+    rows = rows - mean
+    n, pixels = rows.shape
+    if pixels <= n:
+        _, vectors = torch.linalg.eigh((rows.T @ rows).double())
+        basis = vectors[:, -latent:].flip(1)
+    else:  # of the same non-zero eigenvalues: X X^T u = s u gives X^T u
+        _, vectors = torch.linalg.eigh((rows @ rows.T).double())
+        basis, _ = torch.linalg.qr(rows.T.double() @ vectors[:, -latent:].flip(1))
+    basis = (basis * basis.sum(dim=0).sign()).float()  # a sign is the library's choice; this one is ours
+    autoencoder.encoder.load_state_dict({"1.weight": basis.T, "1.bias": -(mean @ basis)})
+    autoencoder.decoder.load_state_dict({"0.weight": basis, "0.bias": mean})

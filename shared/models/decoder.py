@@ -58,7 +58,8 @@ class Cost:
 
 
 class DecoderSpec(BaseModel):
-    """Latents [n, latent] -> images [n, *image_shape] in [0, 1]: the last layer that computes is a sigmoid."""
+    """Latents [n, latent] -> images [n, *image_shape] in [0, 1]: the last layer that computes is a sigmoid or a
+    clamp."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -73,8 +74,8 @@ class DecoderSpec(BaseModel):
             raise ValueError(f"the layers give rows {list(given)}, and image_shape is {list(self.image_shape)}")
         # A reshaping moves values and changes none.
         last = next((layer for layer in reversed(self.layers) if not isinstance(layer, Flatten | Unflatten)), None)
-        if not (isinstance(last, Activation) and last.kind == "sigmoid"):
-            raise ValueError("the last layer that computes must be a sigmoid, so that pixels are in [0, 1]")
+        if not (isinstance(last, Activation) and last.kind in ("sigmoid", "clamp")):
+            raise ValueError("the last layer that computes must be a sigmoid or a clamp, so that pixels are in [0, 1]")
         return self
 
     def cost(self) -> Cost:
@@ -108,7 +109,8 @@ def decoder_of(autoencoder: Autoencoder) -> tuple[DecoderSpec, dict[str, Tensor]
     """The decoder of an autoencoder, and its weights as they are now.
 
     Raises:
-        DecoderError: it does not end in a sigmoid, or gives images of another shape than the autoencoder says.
+        DecoderError: it does not end in a sigmoid or a clamp, or gives images of another shape than the autoencoder
+            says.
     """
     whole = autoencoder.spec
     try:

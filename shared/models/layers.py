@@ -157,10 +157,16 @@ class Sigmoid(nn.Sigmoid):
 
 
 class Activation(_Layer):
-    kind: Literal["relu", "sigmoid"]
+    kind: Literal["relu", "sigmoid", "clamp"]
 
     def build(self) -> nn.Module:
-        return nn.ReLU() if self.kind == "relu" else Sigmoid()
+        match self.kind:
+            case "relu":
+                return nn.ReLU()
+            case "sigmoid":
+                return Sigmoid()
+            case "clamp":  # to [0, 1]
+                return nn.Hardtanh(0.0, 1.0)
 
     def trace(self, taken: Shape) -> Trace:
         """Rows of any shape -> of the same."""

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from defender_client import checkpoints
 from defender_client import stack as stacks
-from defender_client.config import RunConfig
+from defender_client.config import ConfigError, RunConfig
 from defender_client.data import Splits, gaussian, load_splits
 from defender_client.pretrain import PRETRAINED_FILE, fresh_stack, pretrain
 from defender_client.stack import Stack, StackSpec, specify
@@ -47,6 +47,23 @@ def test_the_autoencoder_learns_to_reconstruct_and_the_denoiser_to_denoise(tmp_p
     assert not stack.training
     assert stack.autoencoder is not None
     assert not any(p.requires_grad for p in stack.autoencoder.decoder.parameters())
+
+
+def test_principal_components_come_from_the_training_images_alone(tmp_path: Path) -> None:
+    config = tiny(tmp_path, "autoencoder.architecture=pca", "autoencoder.latent=16")
+    stack = pretrained(config, tmp_path / "run")
+    assert stack.autoencoder is not None
+    train = load_splits(config.data, None, config.seed).train.floats(slice(None))
+    with torch.no_grad():
+        latents = stack.autoencoder.encode(train)
+        assert float(latents.mean(dim=0).abs().max()) < 1e-4
+        lost = float((stack.autoencoder(train) - train).square().mean())
+    assert lost < 0.35 * float((train - train.mean(dim=0)).square().mean())
+    again = pretrained(config, tmp_path / "again")
+    assert all(torch.equal(a, b) for a, b in zip(stack.parameters(), again.parameters(), strict=True))
+    few = tiny(tmp_path, "autoencoder.architecture=pca", "autoencoder.latent=64", "data.train_images=60")
+    with pytest.raises(ConfigError, match="a smaller autoencoder"):
+        pretrained(few, tmp_path / "few")
 
 
 def test_what_was_pretrained_is_taken_from_its_file(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from defender_client import stack as stacks
 from defender_client.config import ConfigError, load_preset
 from defender_client.pretrain import fresh_stack
 from defender_client.stack import Stack, specify
-from shared.models.autoencoder import paper_cifar
+from shared.models.autoencoder import paper_cifar, principal
 
 SHAPE = (1, 8, 8)
 
@@ -71,6 +71,16 @@ def test_denoiser_and_encoder_are_trained_and_the_decoder_is_not(tmp_path: Path)
     assert [id(p) for p in stack.trainable()] == [id(p) for p in wanted]
 
 
+def test_of_principal_components_only_the_denoiser_is_trained(tmp_path: Path) -> None:
+    stack = built(tmp_path, "autoencoder.architecture=pca")
+    assert stack.denoiser is not None
+    assert [id(p) for p in stack.trainable()] == [id(p) for p in stack.denoiser.parameters()]
+    stacks.save(stack, tmp_path / "stack.safetensors")
+    assert [p.shape for p in stacks.load(tmp_path / "stack.safetensors").trainable()] == [
+        p.shape for p in stack.trainable()
+    ]
+
+
 def test_weights_depend_on_the_seed_alone(tmp_path: Path) -> None:
     torch.manual_seed(5)
     state = torch.random.get_rng_state()
@@ -89,6 +99,10 @@ def test_which_autoencoder_is_meant(tmp_path: Path) -> None:
     assert explicit.autoencoder == paper
     assert specify(tiny(tmp_path), (3, 32, 32), 10).autoencoder == stacks.pyramid((3, 32, 32), 8, 8)
     assert specify(tiny(tmp_path, *PIXELS), (3, 32, 32), 10).autoencoder is None
+    linear = specify(tiny(tmp_path, "autoencoder.architecture=pca"), SHAPE, 10).autoencoder
+    assert linear == principal(SHAPE, 8)
+    with pytest.raises(ConfigError, match="64 components"):
+        specify(tiny(tmp_path, "autoencoder.architecture=pca", "autoencoder.latent=65"), SHAPE, 10)
     with pytest.raises(ConfigError, match="pyramid"):
         specify(tiny(tmp_path, "autoencoder.architecture=paper"), SHAPE, 10)
 

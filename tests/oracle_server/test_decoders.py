@@ -26,7 +26,16 @@ from oracle_server.decoders import Decoder, Decoders
 from oracle_server.ledger import Ledger
 from oracle_server.oracle import Oracle
 from oracle_server.settings import Settings
-from shared.models.autoencoder import RELU, SIGMOID, Autoencoder, AutoencoderSpec, Shape, paper_cifar, pyramid
+from shared.models.autoencoder import (
+    RELU,
+    SIGMOID,
+    Autoencoder,
+    AutoencoderSpec,
+    Shape,
+    paper_cifar,
+    principal,
+    pyramid,
+)
 from shared.models.decoder import DecoderSpec, decoder_id, decoder_of, write
 from shared.models.layers import ConvTranspose, Layer, Linear, Unflatten, build
 from shared.wire import protocol
@@ -452,6 +461,7 @@ DECODERS = {
     "pyramid 1x8x8": lambda: made(pyramid(SHAPE, 8)),
     "pyramid 3x32x32, latent 48": lambda: made(pyramid((3, 32, 32), 48)),
     "pyramid 3x17x23": lambda: made(pyramid((3, 17, 23), 33, width=8)),
+    "principal components": lambda: made(principal((3, 9, 7), 33)),
     "perceptron": lambda: mlp(7, 5),
     "wide perceptron": lambda: mlp(100, 33, (3, 5, 5)),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
@@ -11,10 +12,12 @@ from shared.models.autoencoder import (
     Autoencoder,
     AutoencoderSpec,
     Shape,
+    fit_principal,
     paper,
     paper_cifar,
     paper_mnist,
     paper_stl,
+    principal,
     pyramid,
 )
 
@@ -85,6 +88,7 @@ SPECS = {
     "paper": paper_cifar(),
     "paper-stl": paper_stl(),
     "paper-mnist": paper_mnist(),
+    "principal": principal((2, 3, 5), 7),
     **{"x".join(map(str, s)): pyramid(s, latent, 8) for s, latent in zip(SHAPES, range(3, 99), strict=False)},
 }
 every_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
@@ -100,7 +104,7 @@ def test_latents_and_images_are_in_their_ranges(spec: AutoencoderSpec) -> None:
         # Probes leave the encoder's range: any latent must decode into an image.
         probed = model.decode(100 * torch.randn(3, spec.latent, generator=torch.Generator().manual_seed(1)))
     assert latents.shape == (3, spec.latent)
-    assert latents.min() >= 0
+    assert latents.min() >= 0 or spec.fitted
     for out in (decoded, probed):
         assert out.shape == images.shape
         assert 0 <= out.min() <= out.max() <= 1
@@ -162,3 +166,31 @@ def test_the_pyramid_can_learn() -> None:
 def test_specs_that_make_no_sense(change: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         AutoencoderSpec.model_validate({**paper_cifar().model_dump(), **change})
+
+
+@pytest.mark.parametrize("count", [200, 40], ids=["more images than pixels", "fewer"])
+def test_principal_components_lose_what_numpy_s_singular_values_say(count: int) -> None:
+    generator = torch.Generator().manual_seed(3)
+    # Within [0.2, 0.8], so that nothing is clamped.
+    mixed = torch.randn(count, 70, generator=generator) @ torch.randn(70, 96, generator=generator)
+    images = (0.5 + 0.3 * mixed / mixed.abs().max()).view(count, 2, 6, 8)
+    model = Autoencoder(principal((2, 6, 8), 9))
+    fit_principal(model, images)
+    rows = images.flatten(1).double().numpy()
+    centred = rows - rows.mean(axis=0)
+    values = np.linalg.svd(centred, compute_uv=False)
+    with torch.no_grad():
+        lost = (model(images) - images).double().square().sum()
+        assert float(lost) == pytest.approx(float((values[9:] ** 2).sum()), rel=1e-3)
+        latents = model.encode(images)
+    # Uncorrelated coordinates, the largest first, of the singular values' length.
+    products = (latents.T @ latents).double()
+    torch.testing.assert_close(products, torch.diag(torch.from_numpy(values[:9] ** 2)), rtol=1e-3, atol=1e-3)
+    basis = model.decoder[0].weight  # type: ignore[union-attr]
+    torch.testing.assert_close(basis.T @ basis, torch.eye(9), atol=1e-5, rtol=0)
+
+
+def test_principal_components_need_images() -> None:
+    model = Autoencoder(principal((1, 4, 4), 9))
+    with pytest.raises(ValueError, match="more images than 9"):
+        fit_principal(model, torch.rand(9, 1, 4, 4))
