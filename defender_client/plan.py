@@ -23,6 +23,7 @@ from defender_client.oracle import Oracle, OracleInfo
 from defender_client.pretrain import fresh_stack
 from defender_client.query_log import LOG_FILE, QueryLog
 from defender_client.request_key import RequestKey
+from defender_client.sampling import needed
 from defender_client.stack import StackSpec
 from shared.wire.errors import NotFound
 
@@ -133,7 +134,7 @@ def plan(
             _left(validation * len(checked), paid, "validation"),
         )
         if settings.targets == "oracle" and (run is None or not labels.bought(run)):
-            bought = _left(train + validation, paid, labels.PURPOSE)
+            bought = _left(len(needed(train, settings, config.seed)) + validation, paid, labels.PURPOSE)
         started = progress != Progress()
         noise = _left(noise_floor.queries_left(config, run, train, started=started), paid, noise_floor.PURPOSE)
     least, certification = _certification(config, run, test, paid)

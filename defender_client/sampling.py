@@ -19,6 +19,17 @@ EVEN = 0.3
 """eps, so that no weight exceeds 1 / eps and no image is forgotten."""
 
 
+def needed(count: int, settings: TrainConfig, seed: int) -> Tensor:
+    """The images that a run of these settings takes at all, of `count`: rising indices, int64.
+
+    All of them, unless it ends within its first epoch.
+    """
+    taken = settings.total_steps(count) * settings.batch
+    if settings.sampling != "uniform" or taken >= count:
+        return torch.arange(count)
+    return epoch_order(count, seed, 0)[:taken].sort().values
+
+
 class Sampler:
     """Draws the batches of a run.
 

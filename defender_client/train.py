@@ -47,7 +47,7 @@ from defender_client.objective import OF_TASK, STABILITY, Objective
 from defender_client.oracle import Oracle, WaitGivenUp
 from defender_client.pretrain import pretrain
 from defender_client.progress import meter
-from defender_client.sampling import Sampler
+from defender_client.sampling import Sampler, needed
 from defender_client.stack import Stack, StackSpec
 from defender_client.surrogate import Surrogate
 from defender_client.whitebox import COMPARED, WhiteBox, compare
@@ -105,9 +105,9 @@ def train(
     if config.estimator.zeroth_order:
         mu = noise_floor.step(config, run, stack, splits.train, oracle, started=checkpoint is not None)
     objective = OF_TASK[oracle.info.task]
-    targets, answers = _targets(config, run, splits, oracle, objective)
+    targets, known = _targets(config, run, splits, oracle, objective)
     if whitebox is not None:
-        clean = splits.train.floats(slice(0, COMPARED)) if answers is not None else None
+        clean, answers = known if known is not None else (None, None)
         compare(run, whitebox, clean, answers, objective)
     _Trainer(config, run, splits, oracle, stack, objective, targets, mu, whitebox).run(checkpoint)
     return stacks.load(final)
@@ -126,12 +126,19 @@ def check_whitebox(config: RunConfig, given: bool) -> None:
 
 def _targets(
     config: RunConfig, run: Path, splits: Splits, oracle: Oracle, objective: Objective
-) -> tuple[dict[str, Tensor], Tensor | None]:
-    """What noisy images are to become, by split; and the oracle's answers to the clean training images, if bought."""
+) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor] | None]:
+    """What noisy images are to become, by split; and some clean images with the oracle's answers, if bought."""
     sets = {"train": splits.train, "validation": splits.validation}
     if config.train.targets == "oracle":
-        answers = oracle_answers(run, oracle, sets, config.train.query_rows, config.train.in_flight)
-        return {name: objective.targets_of(answers[name]) for name in sets}, answers["train"]
+        # Of images that no step will take, the answers would be bought for nothing.
+        index = needed(len(splits.train), config.train, config.seed)
+        asked = {"train": splits.train.subset(index), "validation": splits.validation}
+        answers = oracle_answers(run, oracle, asked, config.train.query_rows, config.train.in_flight)
+        some = objective.targets_of(answers["train"])
+        targets = torch.zeros(len(splits.train), *some.shape[1:], dtype=some.dtype)
+        targets[index] = some
+        known = splits.train.floats(index[:COMPARED]), answers["train"][:COMPARED]
+        return {"train": targets, "validation": objective.targets_of(answers["validation"])}, known
     if objective is not STABILITY:
         raise ConfigError("train.targets=labels is for classifiers: this oracle's answers have no labels")
     largest = max(int(images.labels.max()) for images in sets.values() if len(images))

@@ -29,6 +29,7 @@ VARIANTS = {
     "gauss-newton": ("estimator.name=active-cge", "estimator.direction=gauss-newton"),
     "inner": ("estimator.name=active-cge", "train.inner_steps=3", "train.staleness=0.5"),
     "prior": PRIOR,
+    "prior-of-components": (*PRIOR, "autoencoder.architecture=pca"),
     "prior-spread": (*PRIOR, "estimator.spread=guide"),
     "prior-micro-batches": (*PRIOR, "train.micro_batch=8", "train.query_rows=16"),
     "prior-by-loss": (*PRIOR, "train.sampling=loss"),
@@ -54,6 +55,23 @@ def test_active_set_cge_makes_the_same_stack_for_fewer_queries(server: Running, 
     train_here(tiny(tmp_path, "estimator.name=active-cge"), tmp_path / "active", server.url, active.key)
     assert same_tensors(tmp_path / "whole" / STACK_FILE, tmp_path / "active" / STACK_FILE)
     assert spent_by_purpose(server, active)["train"] < 0.8 * spent_by_purpose(server, whole)["train"]
+
+
+def test_a_run_shorter_than_an_epoch_buys_the_labels_of_its_images_alone(
+    server: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ("train.steps=2", "train.batch=16")
+    few, all_ = server.caller(10**6), server.caller(10**6)
+    config = tiny(tmp_path, *settings)
+    cost = planned(config, None, server, few)
+    train_here(config, tmp_path / "few", server.url, few.key)
+    assert spent(server, few) == cost
+    with monkeypatch.context() as patched:
+        patched.setattr("defender_client.train.needed", lambda count, _settings, _seed: torch.arange(count))
+        train_here(config, tmp_path / "all", server.url, all_.key)
+    assert same_tensors(tmp_path / "few" / STACK_FILE, tmp_path / "all" / STACK_FILE)
+    labels = [spent_by_purpose(server, caller)["labels"] for caller in (few, all_)]
+    assert labels[1] - labels[0] == config.data.train_images - 2 * 16
 
 
 @every_variant

@@ -7,7 +7,7 @@ import torch
 
 from defender_client.config import TrainConfig
 from defender_client.data import epoch_order
-from defender_client.sampling import EVEN, Sampler
+from defender_client.sampling import EVEN, Sampler, needed
 
 COUNT = 50
 
@@ -65,3 +65,14 @@ def test_another_runs_losses_are_refused() -> None:
     with pytest.raises(ValueError, match="losses of 2 images"):
         sampler("loss").restore({"losses": torch.ones(2)})
     assert sampler("uniform").state() == {}
+
+
+@pytest.mark.parametrize("steps", [1, 3, 6, 7, 8, 0])
+def test_needed_are_the_images_that_some_step_takes(steps: int) -> None:
+    settings = TrainConfig.model_validate({"batch": 8, "steps": steps, "epochs": 2})
+    drawn = Sampler(COUNT, settings, 3)
+    total = settings.total_steps(COUNT)
+    taken = [drawn.batch(*divmod(step, settings.batches(COUNT)))[0] for step in range(total)]
+    assert needed(COUNT, settings, 3).tolist() == torch.cat(taken).unique().tolist()
+    by_loss = settings.model_copy(update={"sampling": "loss"})
+    assert needed(COUNT, by_loss, 3).tolist() == list(range(COUNT))
