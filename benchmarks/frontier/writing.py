@@ -22,12 +22,14 @@ from matplotlib import pyplot as plt
 Rows = Mapping[str, Mapping[int, Mapping[int, Row]]]
 """By variant, budget and seed."""
 
-_SHOWN = 3  # radii in the picture
+_SHOWN = 3  # radii in the picture, and in the comparison
+_REFERENCE = "cge-central"
 
 
 def write(out: Path, rows: Rows, qualities: Sequence[Quality], heading: str) -> None:
     """`frontier.md`, `frontier.json` and `frontier.png` in `out`."""
-    text = "\n\n".join([f"```\n{heading}\n```", _accuracies(rows), _qualities(qualities)]) + "\n"
+    parts = [f"```\n{heading}\n```", _accuracies(rows), _as_good(rows), _qualities(qualities)]
+    text = "\n\n".join(part for part in parts if part) + "\n"
     (out / "frontier.md").write_text(text, encoding="utf-8")
     values = {
         "rows": {
@@ -69,6 +71,38 @@ def _accuracies(rows: Rows) -> str:
     return table(head, lines)
 
 
+def _as_good(rows: Rows) -> str:
+    """The fewest training queries with which each variant is as good as the reference with what it spent; empty without
+    a reference."""
+    reference = rows.get(_REFERENCE, {})
+    goals = [(_spent(seeds), _means(seeds)) for _, seeds in sorted(reference.items())]
+    lines = []
+    for name, budgets in _in_order(rows):
+        if not goals or name == _REFERENCE:
+            continue
+        known = sorted((_spent(seeds), _means(seeds)) for seeds in budgets.values())
+        cells = []
+        for spent, goal in goals:
+            # On average over the seeds, at every radius at once.
+            enough = [mine for mine, means in known if all(a >= b for a, b in zip(means, goal, strict=True))]
+            if not enough:
+                cells.append("-")
+            else:
+                cells.append(f"{enough[0]:,.0f}" + (f" ({spent / enough[0]:.0f}x)" if enough[0] else ""))
+        lines.append([BY_NAME[name].title, *cells])
+    head = [f"as good as {BY_NAME[_REFERENCE].title} with", *(f"{spent:,.0f}" for spent, _ in goals)]
+    return table(head, lines) if lines else ""
+
+
+def _spent(seeds: Mapping[int, Row]) -> float:
+    return statistics.mean(row.training_queries for row in seeds.values())
+
+
+def _means(seeds: Mapping[int, Row]) -> list[float]:
+    """Certified accuracy at the radii that are compared, on average over seeds."""
+    return [statistics.mean(row.accuracy[radius] or 0.0 for row in seeds.values()) for radius in range(_SHOWN)]
+
+
 def _qualities(qualities: Sequence[Quality]) -> str:
     groups: dict[tuple[int, int], list[Quality]] = {}
     for quality in qualities:
@@ -96,7 +130,7 @@ def _picture(rows: Rows, path: Path) -> None:
             points = []
             for seeds in budgets.values():
                 values = [100 * (row.accuracy[radius] or 0.0) for row in seeds.values()]
-                spent = statistics.mean(row.training_queries for row in seeds.values())
+                spent = _spent(seeds)
                 points.append((spent, statistics.mean(values), min(values), max(values)))
             points.sort()
             x, mean, low, high = (list(column) for column in zip(*points, strict=True))

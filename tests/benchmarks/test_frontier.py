@@ -12,7 +12,9 @@ from test_table import ledgers
 from benchmarks.frontier.__main__ import options
 from benchmarks.frontier.making import make_frontier
 from benchmarks.frontier.variants import BY_NAME, VARIANTS
+from benchmarks.frontier.writing import _as_good
 from benchmarks.measuring import Failed
+from benchmarks.table.runs import Row
 from defender_client.config import load_preset
 
 FEW = ["cge-central", "active-cge", "prior-q2", "distil", "mse-ae-ds"]
@@ -63,6 +65,7 @@ def test_the_frontier_over_http_and_again_for_nothing(tmp_path: Path, monkeypatc
         assert abs(quality["distil", budget]["cosine"]) <= 1
     text = (tmp_path / "frontier.md").read_text()
     assert "CGE, central" in text
+    assert "as good as CGE, central" in text
     assert (tmp_path / "frontier.png").stat().st_size > 10_000
 
     spent_before = ledgers(tmp_path)
@@ -72,3 +75,27 @@ def test_the_frontier_over_http_and_again_for_nothing(tmp_path: Path, monkeypatc
     assert ledgers(tmp_path) == spent_before
     with pytest.raises(Failed, match="one step takes"):
         run("--budgets", "10", "--samples", "1", "100")
+
+
+def test_as_good_is_the_fewest_queries_that_reach_the_reference_at_every_radius() -> None:
+    def rows(*points: tuple[int, float, float, float]) -> dict[int, dict[int, Row]]:
+        return {
+            spent: {seed: _row(spent, [a, b, c, None]) for seed, a in enumerate((first - 0.1, first + 0.1))}
+            for spent, first, b, c in points
+        }
+
+    def _row(spent: int, accuracy: list[float | None]) -> Row:
+        return Row("p", 0, 9, 9, accuracy, 0.0, spent, 0, 0, 0, 0, {}, 9, None, "equal")
+
+    text = _as_good(
+        {
+            "cge-central": rows((1000, 0.5, 0.3, 0.1), (8000, 0.7, 0.5, 0.2)),
+            "prior-q2": rows((50, 0.6, 0.2, 0.2), (100, 0.5, 0.3, 0.1), (400, 0.9, 0.6, 0.3)),
+            "distil": rows((10, 0.6, 0.4, 0.2)),
+        }
+    )
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    assert cells[0][1:] == ["1,000", "8,000"]
+    assert cells[2][1:] == ["100 (10x)", "400 (20x)"]
+    assert cells[3][1:] == ["10 (100x)", "-"]
+    assert _as_good({"distil": rows((10, 0.6, 0.4, 0.2))}) == ""
