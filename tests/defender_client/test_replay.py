@@ -196,6 +196,17 @@ def test_an_undefended_run_replays_without_an_answer(server: Running, caller: Ca
     assert same_tensors(tmp_path / "again" / STACK_FILE, tmp_path / "run" / STACK_FILE)
 
 
+@pytest.mark.parametrize("autoencoder", ["pyramid", "pca"])
+def test_a_guided_run_replays_bit_for_bit(server: Running, caller: Caller, tmp_path: Path, autoencoder: str) -> None:
+    """Its surrogate, and the number of probes of each sample, follow from the answers."""
+    guided = ("estimator.name=prior", "estimator.q=2", "estimator.active=true", "surrogate.width=16")
+    config = tiny(tmp_path, *guided, f"autoencoder.architecture={autoencoder}", "train.mse=1", "train.steps=2")
+    train_here(config, tmp_path / "run", server.url, caller.key, record=True)
+    train_job(config, tmp_path / "again", None, RecordedRun(tmp_path / "run"), ignore)
+    for name in WEIGHTS:
+        assert same_tensors(tmp_path / "again" / name, tmp_path / "run" / name), name
+
+
 def test_a_run_goes_on_from_its_own_recording(recorded: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(recorded, run)
