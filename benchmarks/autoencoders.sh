@@ -8,20 +8,8 @@
 # one step at a rate of nothing, and at the end. DATA holds CIFAR-10 and resnet20.safetensors. Run it again to resume.
 set -euo pipefail
 data=$(realpath "$1") out=$2
-bin=${BIN:-$(cd "$(dirname "$0")" && pwd)/../.venv/bin}
-mkdir -p "$out"
-ledger=sqlite:///$(realpath "$out")/ledger.db
-log=$out/oracle.log
-
-"$bin/oracle-server" clients add autoencoders --budget 1000000 --ledger "$ledger" --key-file "$out/key" --exist-ok
-"$bin/oracle-server" serve --model cifar-resnet20 --weights "$data/resnet20.safetensors" \
-  --port 0 --ledger "$ledger" >"$log" 2>&1 &
-server=$!
-trap 'kill $server; wait $server' EXIT
-until grep -q "listening on" "$log"; do kill -0 $server; sleep 0.5; done
-ORACLE_URL=$(sed -n 's/^listening on //p' "$log")
-ORACLE_API_KEY=$(cat "$out/key")
-export ORACLE_URL ORACLE_API_KEY
+. "$(dirname "$0")/serving.sh"
+serve autoencoders 1000000 "$data" "$out" --allow-decoders
 
 train() { # DIRECTORY PRESET SETTING...
   "$bin/defender-client" train "$2" --scale cpu --dataset cifar10 --data "$data" --out "$out/$1" \

@@ -6,21 +6,8 @@
 # DATA holds CIFAR-10 (npz files or torchvision's) and resnet20.safetensors. Run it again to resume.
 set -euo pipefail
 data=$(realpath "$1") out=$2
-here=$(cd "$(dirname "$0")" && pwd)
-bin=${BIN:-$here/../.venv/bin}
-mkdir -p "$out"
-ledger=sqlite:///$(realpath "$out")/ledger.db
-log=$out/oracle.log
-
-"$bin/oracle-server" clients add cifar10-cpu --budget 6000000 --ledger "$ledger" --key-file "$out/key" --exist-ok
-"$bin/oracle-server" serve --model cifar-resnet20 --weights "$data/resnet20.safetensors" \
-  --port 0 --ledger "$ledger" >"$log" 2>&1 &
-server=$!
-trap 'kill $server; wait $server' EXIT
-until grep -q "listening on" "$log"; do kill -0 $server; sleep 0.5; done
-ORACLE_URL=$(sed -n 's/^listening on //p' "$log")
-ORACLE_API_KEY=$(cat "$out/key")
-export ORACLE_URL ORACLE_API_KEY
+. "$(dirname "$0")/serving.sh"
+serve cifar10-cpu 6000000 "$data" "$out"
 
 client() { echo "\$ defender-client $*"; "$bin/defender-client" "$@"; }
 preset=$here/cifar10-cpu.toml

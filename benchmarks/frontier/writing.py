@@ -18,12 +18,14 @@ from benchmarks.table.runs import Row
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import NullFormatter
 
 Rows = Mapping[str, Mapping[int, Mapping[int, Row]]]
 """By variant, budget and seed."""
 
 _SHOWN = 3  # radii in the picture, and in the comparison
 _REFERENCE = "cge-central"
+_STYLES = ("-", "--", ":")  # one for ten colours
 
 
 def write(out: Path, rows: Rows, qualities: Sequence[Quality], heading: str) -> None:
@@ -140,10 +142,11 @@ def _picture(rows: Rows, path: Path) -> None:
                     mean[0], color="grey", ls=":" if "ae" in variant.name else "--", lw=1, label=variant.title
                 )
                 continue
-            style = "-" if number < 10 else "--"
+            style = _STYLES[number // 10]
             panel.plot(x, mean, style, marker="o", ms=3, color=colour, label=variant.title)
             panel.fill_between(x, low, high, color=colour, alpha=0.12, lw=0)
         panel.set(xscale="log", xlabel="training queries", title=f"certified at r = {RADII[radius]:g}")
+        panel.xaxis.set_minor_formatter(NullFormatter())  # labels between powers of ten overlap
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("certified accuracy, %")
     handles, labels = panels[0].get_legend_handles_labels()

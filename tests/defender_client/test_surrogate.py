@@ -98,3 +98,13 @@ def test_another_ones_state_is_refused() -> None:
     del state["written"]
     with pytest.raises(KeyError):
         Surrogate(SMALL, D, K, seed=0).restore(state)
+
+
+def test_it_remembers_the_last_pairs_and_forgets_the_oldest() -> None:
+    surrogate = Surrogate(SMALL.model_copy(update={"memory": 8}), D, K, seed=0)
+    points = torch.arange(13.0).unsqueeze(1).expand(13, D)
+    for part in points.split(5):
+        owners = torch.arange(len(part))
+        surrogate.remember(part, part, owners, torch.zeros(len(part), K), torch.zeros(len(part), K))
+    kept = surrogate.state()["memory.points"][:, 0]
+    assert sorted(kept.tolist()) == list(range(5, 13))

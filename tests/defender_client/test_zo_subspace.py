@@ -244,3 +244,15 @@ def test_no_gradient_leaks() -> None:
     probes = estimator.ask(points)
     assert not probes.requires_grad
     assert not estimator.tell(probes.sum(2)).requires_grad
+
+
+@pytest.mark.parametrize("difference", ["forward", "central"])
+def test_the_step_is_the_one_that_was_taken_after_rounding(difference: Difference) -> None:
+    """Points so large that float32 rounds a step of 0.005 by per cents: of a linear loss the gradient is exact even so."""
+    dimension = 6
+    points = 20_000 + 1000 * torch.rand(9, dimension, generator=seeded(1))
+    slope = torch.randn(dimension, generator=seeded(2), dtype=torch.float64)
+    estimator = ActiveCGE(difference=difference)
+    probes = estimator.ask(points)
+    gradient = estimator.tell(probes.double() @ slope)
+    torch.testing.assert_close(gradient.double(), slope.expand(9, dimension), rtol=1e-4, atol=1e-6)
