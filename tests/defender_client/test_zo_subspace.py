@@ -248,7 +248,7 @@ def test_no_gradient_leaks() -> None:
 
 @pytest.mark.parametrize("difference", ["forward", "central"])
 def test_the_step_is_the_one_that_was_taken_after_rounding(difference: Difference) -> None:
-    """Points so large that float32 rounds a step of 0.005 by per cents: of a linear loss the gradient is exact even so."""
+    """Points so large that float32 rounds a step of 0.005 by per cents: a linear loss has its gradient even so."""
     dimension = 6
     points = 20_000 + 1000 * torch.rand(9, dimension, generator=seeded(1))
     slope = torch.randn(dimension, generator=seeded(2), dtype=torch.float64)
