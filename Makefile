@@ -26,7 +26,7 @@ install: $(READY)
 # constraints.txt pins torch and torchvision together: a torch from elsewhere beside it does not import.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[server,postgres,onnxruntime,client,attacks,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[server,postgres,onnxruntime,client,attacks,art,foolbox,hub,ray,docs,dev]'
 	touch $@
 
 clean:
