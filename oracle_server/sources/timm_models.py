@@ -59,9 +59,10 @@ def _usual(timm: Any, name: str) -> dict[str, Any]:
     if not timm.is_model(name.partition(".")[0]):
         close = ", ".join(timm.list_models(f"*{name.partition('.')[0]}*")[:3])
         raise ModelError(f"timm has no model '{name}'" + (f": did you mean {close}?" if close else ""))
-    found = timm.get_pretrained_cfg(name)
-    if found is None:
-        raise ModelError(f"timm has no weights '{name.partition('.')[2]}' of '{name.partition('.')[0]}'")
+    try:
+        found = timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        raise ModelError(f"timm has no weights '{name.partition('.')[2]}' of '{name.partition('.')[0]}'") from error
     usual: dict[str, Any] = found.to_dict()
     return usual
 

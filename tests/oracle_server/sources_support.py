@@ -108,10 +108,10 @@ def hub(repositories: Mapping[str, Path]) -> Iterator[Hub]:
     class Handler(BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:
             found[0].asked.append(f"{self.command} {self.path}")
-            owner, repo, _, _revision, file = self.path.strip("/").split("/")
-            content = files.get((f"{owner}/{repo}", file))
+            repository, _, file = self.path.strip("/").partition("/resolve/")
+            content = files.get((repository, file.rpartition("/")[2]))
             if content is None:
-                known = any(name == f"{owner}/{repo}" for name, _ in files)
+                known = any(name == repository for name, _ in files)
                 self.send_response(404)
                 self.send_header("X-Error-Code", "EntryNotFound" if known else "RepoNotFound")
             else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import pickle
@@ -70,7 +71,12 @@ def pickled_weight(entries: Entries, trap: Trap) -> Entries:
 
 def pickled_constant(entries: Entries, trap: Trap) -> Entries:
     def change(config: Any) -> None:
-        config["config"]["c"] = {"path_name": "opaque_obj_0", "is_param": False, "use_pickle": True, "tensor_meta": None}
+        config["config"]["c"] = {
+            "path_name": "opaque_obj_0",
+            "is_param": False,
+            "use_pickle": True,
+            "tensor_meta": None,
+        }
 
     config = "data/constants/model_constants_config.json"
     return edited(entries, change, config) | {"data/constants/opaque_obj_0": pickle.dumps(trap)}
@@ -156,7 +162,7 @@ def test_a_sound_file_is_read_and_written_again_it_still_is(sound: Path, tmp_pat
         (pickled_samples, "sample inputs", True),
         (legacy_weights, "more than tensors", True),
         (evaluated_size, "no arithmetic", True),
-        (executed_name, "where a name belongs", False),
+        (executed_name, "where a name belongs", True),
         (imported_enum, "other inputs", False),
         (mapped_file, "not among the operators", False),
         (machine_code, "more than tensors", False),
@@ -174,10 +180,8 @@ def test_what_would_run_is_refused_before_torch_reads_it(
     if springs:  # the danger is real: torch by itself walks into it
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("logging.Logger.warning", lambda *_args, **_more: None)
-            try:
-                torch.export.load(io.BytesIO(path.read_bytes()))
-            except Exception as error:
-                assert error
+            with contextlib.suppress(Exception):
+                torch.export.load(io.BytesIO(path.read_bytes())).module()
         assert trap.path.exists()
 
 
