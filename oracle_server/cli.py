@@ -50,6 +50,36 @@ SigningKey = Annotated[
 ]
 Name = Annotated[str, typer.Argument(help="The client's name.")]
 
+# Options that say which model it is: of `serve` and of `model-card`.
+TaskOption = Annotated[str | None, typer.Option(help="classification or reconstruction. [default: classification]")]
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        help="digits-cnn, small-cnn, cifar-resnet20|32|44|56|110, or one of torchvision's; timm:NAME, "
+        "hf-hub:REPO[@REVISION], a file (.pt2, .onnx, .ts, .pt), or module:function; of the task reconstruction "
+        "small-reconstructor."
+    ),
+]
+WeightsOption = Annotated[
+    str | None,
+    typer.Option(help="A .safetensors, .pt or .pth file; for timm's and torchvision's own: DEFAULT, or a name."),
+]
+PreprocessingOption = Annotated[
+    Path | None, typer.Option(help="TOML file: size, resize, mean, std, range, channels, layout, output.")
+]
+EngineOption = Annotated[
+    str | None, typer.Option(help="auto (measured at start), eager, compile or onnxruntime. [default: auto]")
+]
+EngineCacheOption = Annotated[
+    Path | None, typer.Option(help="Folder for what was measured at start. [default: ~/.cache/zo-defense]")
+]
+DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu or cuda. [default: auto]")]
+ClassesOption = Annotated[int | None, typer.Option(help="Number of logits; else as the weights have it.")]
+ChannelsOption = Annotated[int | None, typer.Option(help="Channels of an image; else as the weights have it.")]
+ImageSizeOption = Annotated[int | None, typer.Option(help="Side of an image in pixels.")]
+MeanOption = Annotated[str | None, typer.Option(help="Of pixels in [0, 1], per channel: 0.5,0.5,0.5")]
+StdOption = Annotated[str | None, typer.Option(help="The same for the standard deviation.")]
+
 
 @contextmanager
 def _one_line(*errors: type[Exception]) -> Iterator[None]:
@@ -90,19 +120,10 @@ def main(
 
 @app.command()
 def serve(
-    task: Annotated[
-        str | None, typer.Option(help="classification or reconstruction. [default: classification]")
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="digits-cnn, small-cnn, cifar-resnet20|32|44|56|110, or one of torchvision's; of the task "
-            "reconstruction small-reconstructor."
-        ),
-    ] = None,
-    weights: Annotated[
-        str | None, typer.Option(help="A .safetensors, .pt or .pth file; for torchvision's own: DEFAULT or their name.")
-    ] = None,
+    task: TaskOption = None,
+    model: ModelOption = None,
+    weights: WeightsOption = None,
+    preprocessing: PreprocessingOption = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on. [default: 127.0.0.1]")] = None,
     port: Annotated[int | None, typer.Option(help="0 takes any free port. [default: 8600]")] = None,
     ledger: Annotated[
@@ -115,15 +136,13 @@ def serve(
     ledger_timeout: Annotated[
         float | None, typer.Option(help="Seconds to wait for the ledger's database. [default: 10]")
     ] = None,
-    engine: Annotated[
-        str | None, typer.Option(help="auto (measured at start), eager, compile or onnxruntime. [default: auto]")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda. [default: auto]")] = None,
-    classes: Annotated[int | None, typer.Option(help="Number of logits; else as the weights have it.")] = None,
-    channels: Annotated[int | None, typer.Option(help="Channels of an image; else as the weights have it.")] = None,
-    image_size: Annotated[int | None, typer.Option(help="Side of an image in pixels.")] = None,
-    mean: Annotated[str | None, typer.Option(help="Of pixels in [0, 1], per channel: 0.5,0.5,0.5")] = None,
-    std: Annotated[str | None, typer.Option(help="The same for the standard deviation.")] = None,
+    engine: EngineOption = None,
+    device: DeviceOption = None,
+    classes: ClassesOption = None,
+    channels: ChannelsOption = None,
+    image_size: ImageSizeOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
     max_batch_rows: Annotated[int | None, typer.Option(help="Most rows of a request. [default: 4096]")] = None,
     max_body_bytes: Annotated[int | None, typer.Option(help="Most bytes of a request. [default: 256 MiB]")] = None,
     max_bodies_bytes: Annotated[int | None, typer.Option(help="Of all requests in flight. [default: 1 GiB]")] = None,
@@ -134,9 +153,7 @@ def serve(
     engine_block: Annotated[
         int | None, typer.Option(help="Most rows a thread computes at once. [default: as measured]")
     ] = None,
-    engine_cache: Annotated[
-        Path | None, typer.Option(help="Folder for what was measured at start. [default: ~/.cache/zo-defense]")
-    ] = None,
+    engine_cache: EngineCacheOption = None,
     batch_wait: Annotated[
         float | None, typer.Option(help="Milliseconds an idle engine waits for company. [default: 0]")
     ] = None,
@@ -179,11 +196,7 @@ def serve(
     log_level: Annotated[str | None, typer.Option(help="debug, info or warning. [default: info]")] = None,
 ) -> None:
     """Serve a classifier, or a reconstructor. Every option can also be set by a variable ORACLE_<OPTION>."""
-    given = {name: value for name, value in locals().items() if value is not None}
-    for name in ("mean", "std"):
-        if name in given:
-            given[name] = given[name].split(",")
-    settings = _settings(given)
+    settings = _settings(locals())
     level = settings.log_level.upper()
     logging.basicConfig(stream=sys.stderr, level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     debug = settings.log_level == "debug"
@@ -200,7 +213,43 @@ def serve(
         run(settings, lambda url: typer.echo(f"listening on {url}"))
 
 
-def _settings(given: dict[str, Any]) -> Settings:
+@app.command()
+def model_card(
+    task: TaskOption = None,
+    model: ModelOption = None,
+    weights: WeightsOption = None,
+    preprocessing: PreprocessingOption = None,
+    engine: EngineOption = None,
+    engine_cache: EngineCacheOption = None,
+    device: DeviceOption = None,
+    classes: ClassesOption = None,
+    channels: ChannelsOption = None,
+    image_size: ImageSizeOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Say what these options would hide, for the operator: nothing of it can be asked of the server."""
+    settings = _settings({name: value for name, value in locals().items() if name != "as_json"})
+
+    from oracle_server.model_card import make_card
+    from shared.models.weight_files import ModelError
+
+    with _one_line(ModelError):
+        card = make_card(settings)
+    if as_json:
+        typer.echo(card.model_dump_json(indent=1))
+        return
+    for name, value in card.lines():
+        typer.echo(f"{name:28} {value}")
+
+
+def _settings(options: dict[str, Any]) -> Settings:
+    """Settings of a command's options, those that were given."""
+    given = {name: value for name, value in options.items() if value is not None}
+    for name in ("mean", "std"):
+        if name in given:
+            given[name] = given[name].split(",")
     try:
         return Settings(**given)
     except ValidationError as error:

@@ -21,8 +21,9 @@ class Settings(BaseSettings):
 
     # The model
     task: Task = "classification"
-    model: str | None = None  # by default the task's: see `model_name`
-    weights: str | None = None  # a file, or the name of torchvision's own weights
+    model: str | None = None  # by default the task's: see `model_name`; its forms: docs/any-classifier.md
+    weights: str | None = None  # a file, or the name of the library's own weights
+    preprocessing: Path | None = None  # TOML: size, mean, std, layout, ... in front of a classifier
     # What a classifier's weights do not say
     classes: PositiveInt | None = None
     channels: PositiveInt | None = None
@@ -85,5 +86,5 @@ class Settings(BaseSettings):
 
     @property
     def model_name(self) -> str:
-        """The architecture that is served."""
+        """What is served, as it was named."""
         return self.model or USUAL_MODELS[self.task]

@@ -6,6 +6,8 @@ import functools
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -28,30 +30,35 @@ log = logging.getLogger(__name__)
 _MOST_ON = {"cpu": 256, "cuda": 1024}  # rows of the largest block that is tried
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What is to be built, with what, and where it may have been measured before."""
+
+    device: torch.device
+    team: Crew
+    makers: dict[str, Callable[[], Compute]]
+    folder: Path | None
+    key: str
+
+
 def build_engine(model: Classifier | Reconstructor, settings: Settings) -> Engine:
     """The engine that the settings ask for.
 
     Raises:
         ModelError: the device is not there, or the engine asked for cannot compute this model here.
     """
-    torch.set_num_threads(usable_cpus())
-    device = _device(settings)
-    arithmetic = Arithmetic(device, _dtype(settings))
-    team = device_crew() if device.type == "cuda" else default_crew()
-    makers = _makers(model, settings, arithmetic)
-    folder = cache.folder_of(settings)
-    key = cache.key_of(model.module, model.image_shape, settings, device, team.threads)
-    known = cache.load(folder, key)
-    if known is not None and known.engine in makers:
+    plan = _plan(model, settings)
+    known = cache.load(plan.folder, plan.key)
+    if known is not None and known.engine in plan.makers:
         try:
-            engine = BlockEngine(known.engine, makers[known.engine](), known.ladder, team)
+            engine = BlockEngine(known.engine, plan.makers[known.engine](), known.ladder, plan.team)
         except NotACandidate as error:
             log.info("engine %s, chosen at an earlier start, is gone: %s", known.engine, error)
         else:
-            log.info("%s; measured at an earlier start", _said(known, team))
+            log.info("%s; measured at an earlier start", _said(known, plan.team))
             return engine
     began = time.perf_counter()
-    chosen = _choose(model, settings, makers, team, device)
+    chosen = _choose(model, settings, plan)
     engine = chosen.engine
     measured = cache.Measured(
         engine=engine.name,
@@ -62,9 +69,29 @@ def build_engine(model: Classifier | Reconstructor, settings: Settings) -> Engin
         rates=chosen.rates,
         difference=chosen.difference,
     )
-    cache.save(folder, key, measured)
-    log.info("%s; measured in %.1f s", _said(measured, team), time.perf_counter() - began)
+    cache.save(plan.folder, plan.key, measured)
+    log.info("%s; measured in %.1f s", _said(measured, plan.team), time.perf_counter() - began)
     return engine
+
+
+def known_engine(model: Classifier | Reconstructor, settings: Settings) -> str | None:
+    """The engine that an earlier start chose; None where none did. Raises `ModelError` as `build_engine` does."""
+    plan = _plan(model, settings)
+    known = cache.load(plan.folder, plan.key)
+    return None if known is None or known.engine not in plan.makers else known.engine
+
+
+def _plan(model: Classifier | Reconstructor, settings: Settings) -> _Plan:
+    torch.set_num_threads(usable_cpus())
+    device = _device(settings, _bound(model))
+    team = device_crew() if device.type == "cuda" else default_crew()
+    return _Plan(
+        device=device,
+        team=team,
+        makers=_makers(model, settings, Arithmetic(device, _dtype(settings))),
+        folder=cache.folder_of(settings) if _remembered(model) else None,
+        key=cache.key_of(model.module, model.image_shape, settings, device, team.threads),
+    )
 
 
 def _makers(
@@ -72,6 +99,11 @@ def _makers(
 ) -> dict[str, Callable[[], Compute]]:
     """How to make each engine that the settings allow, the plainest first."""
     module = model.module
+    bound = _bound(model)
+    if bound is not None:
+        if settings.engine not in ("auto", bound):
+            raise ModelError(f"--engine {settings.engine}: this model is a program that only {bound} can compute")
+        return {bound: functools.partial(eager, module, arithmetic)}
     makers: dict[str, Callable[[], Compute]] = {
         "eager": functools.partial(eager, module, arithmetic),
         "compile": functools.partial(fused, module, arithmetic),
@@ -86,17 +118,21 @@ def _makers(
     return {name: make for name, make in makers.items() if name in ("eager", settings.engine)}
 
 
-def _choose(
-    model: Classifier | Reconstructor,
-    settings: Settings,
-    makers: dict[str, Callable[[], Compute]],
-    team: Crew,
-    device: torch.device,
-) -> Chosen:
+def _bound(model: Classifier | Reconstructor) -> str | None:
+    """The one engine that can compute the model; None where any may."""
+    return model.bound if isinstance(model, Classifier) else None
+
+
+def _remembered(model: Classifier | Reconstructor) -> bool:
+    """Whether what is measured of the model may be kept for the next start."""
+    return model.remembered if isinstance(model, Classifier) else True
+
+
+def _choose(model: Classifier | Reconstructor, settings: Settings, plan: _Plan) -> Chosen:
     wanted = None if settings.engine == "auto" else settings.engine
-    most = settings.engine_block or _MOST_ON[device.type]
+    most = settings.engine_block or _MOST_ON[plan.device.type]
     try:
-        return choose(makers, model.image_shape, team, most, wanted)
+        return choose(plan.makers, model.image_shape, plan.team, most, wanted)
     except NotACandidate as error:
         raise ModelError(f"--engine {settings.engine}: {error}") from error
     except VaryingAnswers as error:
@@ -122,8 +158,12 @@ def _dtype(settings: Settings) -> torch.dtype:
     return torch.float32
 
 
-def _device(settings: Settings) -> torch.device:
+def _device(settings: Settings, bound: str | None) -> torch.device:
     name = settings.device
+    if bound == "onnxruntime":
+        if name == "cuda" or settings.precision != "float32":
+            raise ModelError("an ONNX file is computed in float32 on the CPU: leave out --precision and --device cuda")
+        name = "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise ModelError("--device cuda: this machine has no CUDA device that torch can use")
     if name == "auto":

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from oracle_server.engines.candidate import NotACandidate, first_line
 from oracle_server.engines.engine import Compute
-
-_ERRORS_ONLY = 3
+from oracle_server.onnx_session import open_session
 
 
 def onnxruntime(module: nn.Module, shape: Sequence[int], *, patient: bool) -> Compute:
@@ -30,18 +29,14 @@ def onnxruntime(module: nn.Module, shape: Sequence[int], *, patient: bool) -> Co
     """
     try:
         import onnx  # noqa: F401, what torch exports with
-        import onnxruntime as runtime
+        import onnxruntime  # noqa: F401
     except ImportError as error:
         raise NotACandidate(
             f"the package '{error.name}' is not installed: pip install 'zo-defense[onnxruntime]'"
         ) from error
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.log_severity_level = _ERRORS_ONLY
     model = _export(module, shape, patient)
     try:
-        session = runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        session = open_session(model)
     except Exception as error:  # onnxruntime's exceptions have no base of their own
         raise NotACandidate(f"ONNX Runtime cannot load what torch exported: {first_line(error)}") from error
 

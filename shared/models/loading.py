@@ -44,11 +44,17 @@ class ClassifierSource:
 
 @dataclass(frozen=True)
 class Classifier:
-    """A classifier ready to be queried: `module` maps images [b, *image_shape] in [0, 1] to logits [b, classes]."""
+    """A classifier ready to be queried: `module` maps images [b, *image_shape] in [0, 1] to logits [b, classes].
+
+    `bound` is the one engine that can compute it, None where any may; `remembered` is False where its answers depend on
+    more than its layers and weights, so that what was measured of it holds for this process only.
+    """
 
     module: nn.Module
     image_shape: tuple[int, int, int]
     classes: int
+    bound: str | None = None
+    remembered: bool = True
 
 
 @dataclass(frozen=True)
@@ -61,8 +67,25 @@ class Reconstructor:
     measurement: Measurement
 
 
-def load_classifier(source: ClassifierSource) -> Classifier:
-    """The classifier of a source, normalisation included, in evaluation mode, on the CPU.
+@dataclass(frozen=True)
+class LoadedNetwork:
+    """An architecture with its weights, without normalisation, and what is known of the images it reads.
+
+    `image_size` is the side in pixels, None where nothing says it; `mean` and `std` are per channel, of images in
+    [0, 1].
+    """
+
+    model: str
+    network: nn.Module
+    channels: int
+    classes: int
+    image_size: int | None
+    mean: Sequence[float]
+    std: Sequence[float]
+
+
+def load_network(source: ClassifierSource) -> LoadedNetwork:
+    """The network of a source, on the CPU.
 
     What the source says wins over what the weights file says, and that over what is usual for the architecture.
 
@@ -86,15 +109,33 @@ def load_classifier(source: ClassifierSource) -> Classifier:
     network = build(model, channels, classes, state)
     fill(network, state)
     usually = usual(model)
-    size = source.image_size or info.image_size or usually.image_size
+    return LoadedNetwork(
+        model=model,
+        network=network,
+        channels=channels,
+        classes=classes,
+        image_size=source.image_size or info.image_size or usually.image_size,
+        mean=source.mean or info.mean or usually.mean or (0.0,) * channels,
+        std=source.std or info.std or usually.std or (1.0,) * channels,
+    )
+
+
+def load_classifier(source: ClassifierSource) -> Classifier:
+    """The classifier of a source, normalisation included, in evaluation mode, on the CPU.
+
+    Raises:
+        ModelError: as `load_network`; or nothing says how large its images are, or it cannot read such images.
+    """
+    loaded = load_network(source)
+    size = loaded.image_size
     if size is None:
-        raise ModelError(f"nothing says which image size '{model}' was trained on: give --image-size")
-    mean = source.mean or info.mean or usually.mean or (0.0,) * channels
-    std = source.std or info.std or usually.std or (1.0,) * channels
-    module = nn.Sequential(_normalize(mean, std, channels), network).eval().requires_grad_(False)
-    classifier = Classifier(module, (channels, size, size), classes)
-    _try(classifier, model)
-    return classifier
+        raise no_image_size(loaded.model)
+    check_normalization(loaded.mean, loaded.std, loaded.channels)
+    module = nn.Sequential(Normalize(loaded.mean, loaded.std), loaded.network).eval().requires_grad_(False)
+    image_shape = (loaded.channels, size, size)
+    if count_classes(module, image_shape, loaded.model) != loaded.classes:
+        raise ModelError(f"'{loaded.model}' does not answer one vector of {loaded.classes} logits an image")
+    return Classifier(module, image_shape, loaded.classes)
 
 
 def load_reconstructor(weights: Path, model: str | None = None) -> Reconstructor:
@@ -198,20 +239,37 @@ def fill(network: nn.Module, state: Mapping[str, Tensor]) -> None:
     network.load_state_dict(state, strict=False)
 
 
-def _normalize(mean: Sequence[float], std: Sequence[float], channels: int) -> Normalize:
+def no_image_size(name: str) -> ModelError:
+    """What to say where nothing says how large a model's images are."""
+    return ModelError(f"nothing says which image size '{name}' was trained on: give --image-size")
+
+
+def check_normalization(mean: Sequence[float], std: Sequence[float], channels: int) -> None:
+    """Raise `ModelError` unless there is a mean and a standard deviation for each channel."""
     for name, values in (("mean", mean), ("std", std)):
         if len(values) != channels:
             raise ModelError(f"--{name} has {len(values)} values and the images {channels} channels")
-    return Normalize(mean, std)
 
 
-def _try(classifier: Classifier, name: str) -> None:
-    """Ask once, so that images the network cannot read are found before the first client pays for one."""
+def count_classes(module: nn.Module, image_shape: tuple[int, int, int], name: str) -> int:
+    """Ask once, so that images the network cannot read are found before the first client pays for one.
+
+    Returns:
+        k, where one image is answered with one vector of k logits.
+
+    Raises:
+        ModelError: it cannot read such images, or answers otherwise.
+    """
     try:
         with torch.inference_mode():
-            logits = classifier.module(torch.zeros(1, *classifier.image_shape))
-    except RuntimeError as error:
-        shape = list(classifier.image_shape)
-        raise ModelError(f"'{name}' cannot read images {shape}: {error}; see --image-size and --channels") from error
-    if not isinstance(logits, Tensor) or logits.shape != (1, classifier.classes):
-        raise ModelError(f"'{name}' does not answer one vector of {classifier.classes} logits an image")
+            logits = module(torch.zeros(1, *image_shape))
+    except ModelError:
+        raise
+    except Exception as error:  # a network's own code: anything may come
+        reason = (str(error) or repr(error)).strip().splitlines()[0]
+        raise ModelError(
+            f"'{name}' cannot read images {list(image_shape)}: {reason}; see --image-size and --channels"
+        ) from error
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 1 or not logits.numel():
+        raise ModelError(f"'{name}' does not answer one vector of logits an image")
+    return logits.shape[1]

@@ -1,0 +1,1 @@
+"""Where a classifier may come from beside our own and torchvision's names: one module for each kind of source."""
