@@ -77,6 +77,7 @@ class Ranks:
         device: of what is trained.
         store: where ranks leave a word for each other; None where there is one rank.
         group: what they tell each other by, on the CPU.
+        hosts: whether the store is in this process, and not in torchrun's.
     """
 
     def __init__(
@@ -86,9 +87,10 @@ class Ranks:
         device: torch.device = torch.device("cpu"),
         store: Store | None = None,
         group: dist.ProcessGroup | int | None = None,
+        hosts: bool = False,
     ) -> None:
         self.rank, self.size, self.device = rank, size, device
-        self._store, self._group = store, group
+        self._store, self._group, self._hosts = store, group, hosts
         self._turns = 0
 
     @property
@@ -194,7 +196,7 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
-            if self.alone or not _LOST.search(str(error)):
+            if self.alone or not (isinstance(error, dist.DistError) or _LOST.search(str(error))):
                 raise
             raise self._lost(error) from None
 
@@ -204,6 +206,8 @@ class Ranks:
         """Leave word for the others of what stopped this rank; the first word stays."""
         if self._store is not None and not isinstance(error, RankStopped):
             self._store.compare_set(_STOPPED, "", _word(self.rank, error))
+            if self._hosts:
+                time.sleep(_WORD_SECONDS)  # it ends with this process
 
     def _gathered(self, payload: bytes) -> list[bytes]:
         """Everybody's bytes, in the order of the ranks."""
@@ -302,7 +306,8 @@ def _join(rank: int, size: int) -> Ranks:
     except (RuntimeError, ValueError) as error:
         raise RankLost(f"the other ranks did not come: {str(error).splitlines()[0]}") from None
     words: Store = dist.PrefixStore("zo-defense", store)  # type: ignore[attr-defined]
-    return Ranks(rank, size, device, words, group)
+    hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    return Ranks(rank, size, device, words, group, hosts)
 
 
 def _word(rank: int, error: BaseException) -> str:
