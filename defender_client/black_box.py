@@ -60,6 +60,11 @@ class BlackBox:
         if not possible.get(self.form, True):
             raise ConfigError(f"query_form={form}: {_WHY_NOT[form]}; query_form=auto takes the best form that there is")
 
+    @property
+    def answers(self) -> int:
+        """k, the length of an answer."""
+        return self._oracle.info.classes
+
     @torch.no_grad()
     def logits(self, points: Tensor, *, purpose: str, label: str) -> Tensor:
         """Logits [n, k] of f' at points [n, d]; n queries."""
@@ -99,8 +104,8 @@ class BlackBox:
     def _each(self, points: Tensor) -> Question:
         """Points [m, d], each of them sent."""
         if self._decoder is None:
-            return Images(self._stack.back(points).numpy())
-        return Latents(points.numpy(), self._decoder)
+            return Images(self._stack.back(points).cpu().numpy())
+        return Latents(points.cpu().numpy(), self._decoder)
 
 
 def best_form(spec: StackSpec, info: OracleInfo) -> Settled:

@@ -2,7 +2,8 @@
 
 The form is the one the randomized-smoothing literature reads: `idx label predict radius correct time`, predict -1 for
 abstention, radius in l2 over pixels in [0, 1]; where the draws were not a fixed number, `queries` and `method` follow.
-The stack is the one the run directory says; nothing of it can be left out.
+The stack is the one the run directory says; nothing of it can be left out. Several ranks (`ranks`) take turns at the
+images, and the file is the same but for its times (`row_parts`).
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from defender_client.appending import drop_torn_line, read_rows
+from defender_client.appending import read_rows
 from defender_client.black_box import BlackBox
 from defender_client.config import CertifyConfig, ConfigError, Form, Method
 from defender_client.in_flight import Crew
 from defender_client.oracle import Oracle
 from defender_client.progress import meter
+from defender_client.ranks import ALONE, Ranks
+from defender_client.row_parts import SharedRows, parts_of
 from defender_client.sequential import design, looks
 from defender_client.smoothing import Certificate, Smooth, largest_radius
 from defender_client.stack import Stack, StackSpec
@@ -116,11 +119,27 @@ def read(path: Path, method: Method | None = None) -> list[Row]:
     return rows
 
 
-def certify(stack: Stack, oracle: Oracle, test: ImageSet, settings: CertifyConfig, seed: int, path: Path) -> list[Row]:
+def done(path: Path) -> set[int]:
+    """The images that have a row, in a `certified.tsv` or in one of its parts; ConfigError as `read`."""
+    return {row.idx for file in (path, *parts_of(path)) for row in read(file)}
+
+
+def certify(
+    stack: Stack,
+    oracle: Oracle,
+    test: ImageSet,
+    settings: CertifyConfig,
+    seed: int,
+    path: Path,
+    ranks: Ranks = ALONE,
+) -> list[Row]:
     """Certify the first `settings.images` images of the test set (0: all), those in `path` already left alone.
 
     The noise of an image depends on the seed and its index only, so that two stacks, and both methods, meet the same
     noise and an interrupted image is asked again under the same keys, at no second charge.
+
+    Args:
+        ranks: who shares the images; all of them call this.
 
     Returns:
         All rows, old and new.
@@ -129,13 +148,12 @@ def certify(stack: Stack, oracle: Oracle, test: ImageSet, settings: CertifyConfi
         ConfigError: the rows in `path` are of the other method, or see `check`.
     """
     rows = read(path, settings.method)
-    done = {row.idx for row in rows}
     indices = range(min(settings.images or len(test), len(test)))
-    todo = [index for index in indices if index not in done]
     base = DefendedOracle(stack, oracle, form=settings.query_form)
+    stack.to(ranks.device)
     check(settings, stack.spec.sigma)
-    drop_torn_line(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    shared = SharedRows(path, HEADERS[settings.method], indices, [row.idx for row in rows], ranks)
+    todo = shared.todo
 
     def drawn() -> Iterator[_Drawn]:
         """The images left, each when its noise is drawn: while the oracle answers for those before it."""
@@ -144,13 +162,10 @@ def certify(stack: Stack, oracle: Oracle, test: ImageSet, settings: CertifyConfi
             yield image_label(settings, seed, index), x, torch.Generator().manual_seed(seed * 1_000_003 + index)
 
     with (
-        path.open("a", encoding="utf-8") as tsv,
+        shared.opened(),
         meter("certify", len(indices), "images", len(indices) - len(todo)) as progress,
         Crew(settings.in_flight) as crew,
     ):
-        if tsv.tell() == 0:
-            tsv.write(HEADERS[settings.method] + "\n")
-            tsv.flush()
         certificates = _CERTIFYING[settings.method](base, stack.spec, settings, drawn(), crew)
         start = time.monotonic()
         for index, certificate in zip(todo, certificates, strict=True):
@@ -159,14 +174,14 @@ def certify(stack: Stack, oracle: Oracle, test: ImageSet, settings: CertifyConfi
             if certificate.method == "sequential":
                 row = replace(row, queries=certificate.queries, method="sequential")
             rows.append(row)
+            ranks.check()
             # Since the row before: images overlap, and their times still add up to the whole.
             took, start = timedelta(seconds=time.monotonic() - start), time.monotonic()
             more = f"\t{row.queries}\t{row.method}" if row.queries is not None else ""
-            tsv.write(f"{row.idx}\t{row.label}\t{row.predict}\t{row.radius:.6f}\t{row.correct}\t{took}{more}\n")
-            tsv.flush()
+            shared.write(f"{row.idx}\t{row.label}\t{row.predict}\t{row.radius:.6f}\t{row.correct}\t{took}{more}")
             accuracy = sum(r.correct for r in rows) / len(rows)
             progress.advance(note=f"accuracy {accuracy:.3f}", spent=oracle.log.total, left=oracle.remaining)
-    return rows
+    return read(path, settings.method) if shared.from_parts else rows
 
 
 def _fixed(

@@ -1,8 +1,8 @@
 """The `defender-client` command: parses, calls one function, prints.
 
 Exit codes: 0 done; 1 the audit found a difference, or the demo missed its aim; 2 the command, configuration or data
-cannot be used; 3 the budget does not cover it; 4 the oracle refused or cannot be reached; 130 interrupted (the same
-command resumes).
+cannot be used; 3 the budget does not cover it; 4 the oracle refused or cannot be reached; 5 another rank under torchrun
+stopped, or is gone; 130 interrupted (the same command resumes).
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from defender_client import config as configs
-from defender_client import jobs
+from defender_client import jobs, progress
+from defender_client import ranks as ranking
 from defender_client.attack import Summary
 from defender_client.attack_reconstruction import Summary as ReconstructionSummary
 from defender_client.audit import Audit
@@ -37,7 +38,8 @@ from defender_client.demo import demo as run_demo
 from defender_client.ledger_file import read_key
 from defender_client.offline_audit import LedgerAudit, audit_file
 from defender_client.plan import AttackPlan, Plan, PlanUnaffordable
-from defender_client.query_log import LOG_FILE, LogDamaged, QueryLog
+from defender_client.query_log import LogDamaged, QueryLog
+from defender_client.ranks import Ranks, RankStopped
 from defender_client.recording import RecordingError
 from defender_client.replay import described
 from defender_client.report import RADII
@@ -160,11 +162,11 @@ def train(
     replay: ReplayedRun = None,
 ) -> None:
     """Train denoiser and encoder from the oracle's answers (`fo-*`: through --whitebox). Run it again to resume."""
-    with _reported_errors():
+    with _together() as ranks:
         config = _config(preset, dataset, settings, scale)
         source = _source(context, oracle, ca, record, replay)
         box = _whitebox(whitebox, whitebox_model)
-        trained = jobs.train_job(config, out, data, source, _announcing("run", source), box)
+        trained = jobs.train_job(config, out, data, source, _announcing("run", source), box, ranks)
         console.print(f"trained stack in {trained.stack}; {trained.spent:,} queries spent by this run in all")
 
 
@@ -190,7 +192,7 @@ def certify(
     replay: ReplayedRun = None,
 ) -> None:
     """Certify the run's stack by randomized smoothing (Cohen et al. 2019); one row an image in certified.tsv."""
-    with _reported_errors():
+    with _together() as ranks:
         changed = {
             "images": images,
             "n0": n0,
@@ -202,7 +204,7 @@ def certify(
         }
         changes = {name: value for name, value in changed.items() if value is not None}
         source = _source(context, oracle, ca, record, replay)
-        certified = jobs.certify_job(run, data, source, changes, _announcing("certification", source))
+        certified = jobs.certify_job(run, data, source, changes, _announcing("certification", source), ranks)
         table = Table("radius", "certified accuracy", box=None)
         for radius in certified.settings.radii if certified.settings.method == "sequential" else RADII:
             table.add_row(f"{radius:.2f}", f"{certified_accuracy(certified.rows, radius):.3f}")
@@ -442,29 +444,42 @@ def _announcing(what: str, source: LiveOracle | RecordedRun) -> Callable[[Plan],
 
 def _print_replayed(runs: list[Path]) -> None:
     for run in runs:
-        rows = QueryLog.read(run / LOG_FILE).replayed_rows
+        rows = QueryLog.of_run(run).replayed_rows
         if rows:
             console.print(f"{run} was replayed: {rows:,} answers from a recording, at zero queries")
 
 
 @contextmanager
+def _together() -> Iterator[Ranks]:
+    """The ranks that torchrun started, or this process alone; errors are reported, and rank 0 speaks for all."""
+    with _reported_errors(), ranking.together() as ranks:
+        if not ranks.leads:
+            console.quiet = progress.console.quiet = True
+        yield ranks
+
+
+@contextmanager
 def _reported_errors() -> Iterator[None]:
     """One line for what a user can mend, and the exit code that goes with it. SIGTERM interrupts as Ctrl-C does."""
+    name = ranking.name()
     in_main_thread = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, signal.default_int_handler) if in_main_thread else None
     try:
         yield
     except (ConfigError, DatasetError, CheckpointError, LogDamaged, RecordingError, OSError) as error:
-        errors.print(f"error: {error}", markup=False)
+        errors.print(f"{name}error: {error}", markup=False)
         raise typer.Exit(2) from None
     except (PlanUnaffordable, BudgetExhausted) as error:
-        errors.print(f"budget: {error}", markup=False)
+        errors.print(f"{name}budget: {error}", markup=False)
         raise typer.Exit(3) from None
     except OracleError as error:
-        errors.print(f"oracle: {error.title}: {error.detail}", markup=False)
+        errors.print(f"{name}oracle: {error.title}: {error.detail}", markup=False)
         raise typer.Exit(4) from None
+    except RankStopped as error:
+        errors.print(f"{name}{error}; the same command resumes it", markup=False)
+        raise typer.Exit(5) from None
     except KeyboardInterrupt:
-        errors.print("stopped; the same command resumes it")
+        errors.print(f"{name}stopped; the same command resumes it")
         raise typer.Exit(130) from None
     finally:
         if before is not None:

@@ -6,7 +6,8 @@
     certify    lock, configuration, plan, check against the budget, certify
     attack     lock, configuration, white box, plan, check against the budget, attack
 
-Answers come from an oracle or from a recording (`sources`). A job that is run again does what is left of it. Each
+Answers come from an oracle or from a recording (`sources`). A job that is run again does what is left of it. `train`
+and `certify` may be shared out (`ranks`): then each rank calls them, and rank 0 locks, plans and announces. Each
 raises what its parts raise: ConfigError and DatasetError for what cannot be used, PlanUnaffordable before anything is
 spent, OracleError for a refusal, RecordingError for a recording that does not have this run.
 """
@@ -14,7 +15,7 @@ spent, OracleError for a refusal, RecordingError for a recording that does not h
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,8 @@ from defender_client.plan import AttackPlan, Plan, plan_attack
 from defender_client.plan import plan as make_plan
 from defender_client.pretrain import PRETRAINED_FILE
 from defender_client.pretrain import pretrain as run_pretraining
-from defender_client.run_directory import locked
+from defender_client.ranks import ALONE, Ranks
+from defender_client.run_directory import check_identity, locked
 from defender_client.sources import LiveOracle, Source
 from defender_client.train import STACK_FILE, check_whitebox
 from defender_client.train import train as run_training
@@ -97,25 +99,32 @@ def train_job(
     source: Source,
     announce: Announce,
     whitebox: WhiteBoxSource | None = None,
+    ranks: Ranks = ALONE,
 ) -> Trained:
     """Train a run's stack from the oracle's answers, or through a classifier that the user holds."""
     check_whitebox(config, whitebox is not None)
+    check_shareable(config, ranks)
     splits = load_splits(config.data, data, config.seed)
-    with _session(run, source) as oracle:
-        _train(config, run, splits, 0, oracle, announce, whitebox)
-        return Trained(run / STACK_FILE, oracle.log.total)
+    with _session(run, source, ranks) as oracle:
+        _train(config, run, splits, 0, oracle, announce, whitebox, ranks)
+        return Trained(run / STACK_FILE, ranks.total(oracle.log.total))
 
 
 def certify_job(
-    run: Path, data: Path | None, source: Source, changes: Mapping[str, Any], announce: Announce
+    run: Path,
+    data: Path | None,
+    source: Source,
+    changes: Mapping[str, Any],
+    announce: Announce,
+    ranks: Ranks = ALONE,
 ) -> Certified:
     """Certify a run's stack; `changes` are certification settings other than those the run has."""
     config = configs.load(run)
     config = config.model_copy(update={"certify": configs.certify_settings(config, run, changes)})
     check_certifiable(config)
     test = load_test(config.data, data)
-    with _session(run, source) as oracle:
-        return _certify(config, run, test, oracle, announce)
+    with _session(run, source, ranks) as oracle:
+        return _certify(config, run, test, oracle, announce, ranks)
 
 
 def train_and_certify_job(
@@ -127,6 +136,16 @@ def train_and_certify_job(
     with _session(run, source) as oracle:
         _train(config, run, splits, len(test), oracle, announce)
         return _certify(config, run, test, oracle, lambda _: None)
+
+
+def check_shareable(config: RunConfig, ranks: Ranks) -> None:
+    """ConfigError where there are several ranks and nothing that can be shared out among them."""
+    if ranks.alone:
+        return
+    if not config.estimator.zeroth_order:
+        raise ConfigError(f"'{config.preset}' makes no gradient of queries, and is not shared out: leave out torchrun")
+    if config.train.inner_steps > 1:
+        raise ConfigError("train.inner_steps uses answers again where they were given: it is for one process")
 
 
 def check_task(config: RunConfig, info: OracleInfo) -> None:
@@ -143,8 +162,13 @@ def check_certifiable(config: RunConfig) -> None:
 
 
 @contextmanager
-def _session(run: Path, source: Source) -> Iterator[Oracle]:
-    with locked(run) as run_id, source.open(run, run_id) as oracle:
+def _session(run: Path, source: Source, ranks: Ranks = ALONE) -> Iterator[Oracle]:
+    with ExitStack() as stack:
+        run_id = ranks.from_leader(lambda: stack.enter_context(locked(run)))
+        if not ranks.leads:
+            check_identity(run, run_id)
+        with ranks.leader_first():
+            oracle = stack.enter_context(source.open(run, run_id, ranks))
         yield oracle
 
 
@@ -156,6 +180,7 @@ def _train(
     oracle: Oracle,
     announce: Announce,
     source: WhiteBoxSource | None = None,
+    ranks: Ranks = ALONE,
 ) -> None:
     info = oracle.info
     check_fit(splits.train, info.image_shape)
@@ -163,27 +188,33 @@ def _train(
     if info.measurement is not None:
         splits = measure_splits(splits, info.measurement)
     whitebox = load_whitebox(source, info.image_shape, info.classes, info.task) if source is not None else None
-    configs.save(config, run)
     spec = stacks.specify(config, oracle.info.image_shape, oracle.info.classes)
-    planned = make_plan(config, spec, run, (len(splits.train), len(splits.validation), test_images), oracle)
-    announce(planned)
-    planned.check_training()
-    run_training(config, spec, run, splits, oracle, whitebox)
+    with ranks.leader_first():
+        configs.save(config, run)
+        if ranks.leads:
+            planned = make_plan(config, spec, run, (len(splits.train), len(splits.validation), test_images), oracle)
+            announce(planned)
+            planned.check_training()
+    run_training(config, spec, run, splits, oracle, whitebox, ranks)
 
 
-def _certify(config: RunConfig, run: Path, test: ImageSet, oracle: Oracle, announce: Announce) -> Certified:
+def _certify(
+    config: RunConfig, run: Path, test: ImageSet, oracle: Oracle, announce: Announce, ranks: Ranks = ALONE
+) -> Certified:
     check_fit(test, oracle.info.image_shape)
     stack = stacks.load(run / STACK_FILE)
     stacks.check_matches(
         stack.spec, stacks.specify(config, oracle.info.image_shape, oracle.info.classes), run / STACK_FILE
     )
-    planned = make_plan(config, stack.spec, run, (0, 0, len(test)), oracle)
-    announce(planned)
-    planned.check_certification()
-    configs.save_certify_settings(config.certify, run)
+    with ranks.leader_first():
+        if ranks.leads:
+            planned = make_plan(config, stack.spec, run, (0, 0, len(test)), oracle)
+            announce(planned)
+            planned.check_certification()
+            configs.save_certify_settings(config.certify, run)
     path = run / certification.CERTIFIED_FILE
-    rows = certification.certify(stack, oracle, test, config.certify, config.seed, path)
-    return Certified(rows, path, oracle.log.charged[certification.PURPOSE], config.certify)
+    rows = certification.certify(stack, oracle, test, config.certify, config.seed, path, ranks)
+    return Certified(rows, path, ranks.total(oracle.log.charged[certification.PURPOSE]), config.certify)
 
 
 @dataclass(frozen=True)

@@ -44,9 +44,10 @@ def read_logs(runs: Sequence[Path]) -> dict[str, LoggedRequest]:
     """
     logged: dict[str, LoggedRequest] = {}
     for run in runs:
-        if not (run / LOG_FILE).exists():
-            raise ConfigError(f"{run} has no {LOG_FILE}: name the directories of runs made with this key")
-        logged |= QueryLog.read(run / LOG_FILE).requests
+        try:
+            logged |= QueryLog.of_run(run).requests
+        except FileNotFoundError:
+            raise ConfigError(f"{run} has no {LOG_FILE}: name the directories of runs made with this key") from None
     return logged
 
 

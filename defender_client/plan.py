@@ -21,7 +21,7 @@ from defender_client.data import gaussian
 from defender_client.estimation import make_estimator
 from defender_client.oracle import Oracle, OracleInfo
 from defender_client.pretrain import fresh_stack
-from defender_client.query_log import LOG_FILE, QueryLog
+from defender_client.query_log import QueryLog, log_files
 from defender_client.request_key import RequestKey
 from defender_client.sampling import needed
 from defender_client.stack import StackSpec
@@ -223,9 +223,9 @@ def _progress(run: Path | None) -> Progress:
 
 def _paid(run: Path | None, oracle: Oracle) -> dict[str, int]:
     """Queries the run has paid for by their label; requests whose answer was lost as the ledger settles them."""
-    if run is None or not (run / LOG_FILE).exists():
+    if run is None or not log_files(run):
         return {}
-    log = QueryLog.read(run / LOG_FILE)
+    log = QueryLog.of_run(run)
     paid = Counter({request.key: request.charged for request in log.requests.values() if request.charged})
     lost = {request.key for request in log.unanswered}
     if lost:
@@ -247,7 +247,7 @@ def _left(total: int, paid: dict[str, int], label: str) -> int:
 def _certification(config: RunConfig, run: Path | None, test: int, paid: dict[str, int]) -> tuple[int, int]:
     """Queries left to certify the images that have no row yet: at least, at most."""
     settings = config.certify
-    done = {row.idx for row in certify.read(run / certify.CERTIFIED_FILE)} if run is not None else set()
+    done = certify.done(run / certify.CERTIFIED_FILE) if run is not None else set()
     todo = [index for index in range(min(settings.images or test, test)) if index not in done]
     begun: Counter[str] = Counter()  # an image that a kill interrupted is paid for in part
     for label, rows in paid.items():

@@ -3,6 +3,9 @@
 The first line is written before anything can be charged, so that after a kill at any moment every charge on the
 server's ledger is explained by a line here. A line cut off by a kill was not followed by a request, and is dropped.
 
+Where several ranks make a run (`ranks`), each has a log of its own: `queries.jsonl` is rank 0's, `queries-rank1.jsonl`
+that of rank 1. `QueryLog.of_run` reads them as one.
+
 Two more kinds of line: a batch limit that the server's refusals taught (`max_rows`), so that a run that is started
 again splits its batches as before; and an answer taken from a recording (`replayed`), sent nowhere and free.
 """
@@ -12,8 +15,8 @@ from __future__ import annotations
 import json
 import threading
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
@@ -21,6 +24,7 @@ from typing import IO, Any
 from shared.wire.errors import TooLarge
 
 LOG_FILE = "queries.jsonl"
+_RANK_FILES = "queries-rank*.jsonl"
 
 
 class LogDamaged(ValueError):
@@ -55,14 +59,38 @@ class ReplayedAnswer:
     cost: int
 
 
+def log_file(rank: int) -> str:
+    """The name of a rank's log in the run's directory."""
+    return f"queries-rank{rank}.jsonl" if rank else LOG_FILE
+
+
+def log_files(run: Path) -> list[Path]:
+    """The logs that a run's directory has, rank 0's first."""
+    first = run / LOG_FILE
+    return [*([first] if first.exists() else []), *sorted(run.glob(_RANK_FILES), key=_rank_of)]
+
+
+def _rank_of(path: Path) -> int:
+    number = path.stem.removeprefix("queries-rank")
+    return int(number) if number.isdecimal() else 0
+
+
 class QueryLog:
     """Append-only log of requests, kept in `path`; `path=None` keeps it in memory only.
 
     Several threads may use it; its lines then stand in the order in which things happened.
+
+    Args:
+        path: the file.
+        beside: the logs of the run's other ranks, which may be written meanwhile: what one of them was charged for
+            before now is not counted here again, should this one ask the same.
+        inherited: those among them that nobody writes any more, of ranks that the run had before: what they were
+            charged is counted here.
     """
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, beside: Sequence[Path] = (), inherited: Sequence[Path] = ()) -> None:
         self._path = path
+        self._elsewhere: set[str] = set()
         self._file: IO[str] | None = None
         self._lock = threading.RLock()
         self.requests: dict[str, LoggedRequest] = {}
@@ -70,6 +98,11 @@ class QueryLog:
         self.max_rows: int | None = None  # of a batch, as refusals taught it
         self.replays: dict[str, ReplayedAnswer] = {}
         self._asked: dict[str, str] = {}  # RUN/LABEL: the key last asked under it
+        for other in beside:
+            known = QueryLog.read(other)
+            self._elsewhere |= {key for key, request in known.requests.items() if request.charged}
+            if other in inherited:
+                self.charged += known.charged
         if path is None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -86,6 +119,24 @@ class QueryLog:
         log = cls(None)
         log._load(path)
         return log
+
+    @classmethod
+    def of_run(cls, run: Path) -> QueryLog:
+        """All that a run's directory has of logs, as one to look at; FileNotFoundError where it has none."""
+        first, *others = log_files(run) or [run / LOG_FILE]
+        log = cls.read(first)
+        for path in others:
+            log._include(cls.read(path))
+        return log
+
+    def _include(self, other: QueryLog) -> None:
+        for key, request in other.requests.items():
+            known = self.requests.get(key)
+            self.requests[key] = request if known is None else _both(known, request)
+        self.charged += other.charged
+        self.replays |= other.replays
+        limits = [limit for limit in (self.max_rows, other.max_rows) if limit is not None]
+        self.max_rows = min(limits, default=None)
 
     def sending(self, key: str, purpose: str, rows: int) -> None:
         """A request is about to be sent (for the first time or again)."""
@@ -111,7 +162,8 @@ class QueryLog:
         """Queries charged for a request in all, with this answer's charge."""
         known = self.requests[key]
         if charged == 0:
-            return known.rows if known.charged is None else known.charged
+            rows = 0 if key in self._elsewhere else known.rows
+            return rows if known.charged is None else known.charged
         return (known.charged or 0) + charged
 
     def refused(self, key: str, code: str) -> None:
@@ -214,6 +266,20 @@ class QueryLog:
         request.receipt = line["receipt"] or request.receipt
         request.bytes_up += up
         request.bytes_down += down
+
+
+def _both(first: LoggedRequest, second: LoggedRequest) -> LoggedRequest:
+    """One request that two ranks have made, the second of them where the run was resumed with other shares."""
+    charges = [request.charged for request in (first, second) if request.charged is not None]
+    refused = first.refused and second.refused
+    return replace(
+        first,
+        charged=sum(charges) if charges else None,
+        refused=refused if not charges else None,
+        bytes_up=first.bytes_up + second.bytes_up,
+        bytes_down=first.bytes_down + second.bytes_down,
+        receipt=second.receipt or first.receipt,
+    )
 
 
 def _positive(value: Any) -> int:

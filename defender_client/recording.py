@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, Field, NonNegativeInt, TypeAdapter, ValidationError
 
 from defender_client.oracle import OracleInfo
-from defender_client.query_log import LOG_FILE, QueryLog
+from defender_client.query_log import QueryLog, log_files
 from defender_client.request_key import RequestKey
 
 ANSWERS_FILE = "answers.bin"
@@ -213,8 +213,8 @@ class Recording:
     def unrecorded(self) -> Counter[str]:
         """Requests by purpose that the run's own log knows as answered and this recording does not have."""
         missing: Counter[str] = Counter()
-        if (self.run / LOG_FILE).exists():
-            for request in QueryLog.read(self.run / LOG_FILE).requests.values():
+        if log_files(self.run):
+            for request in QueryLog.of_run(self.run).requests.values():
                 key = RequestKey.parse(request.key)
                 if request.charged is not None and key.digest not in self._answers.get(key.label, {}):
                     missing[request.purpose] += 1

@@ -29,7 +29,7 @@ from defender_client.config import CertifyConfig, ConfigError, RunConfig
 from defender_client.data import gaussian, load_test
 from defender_client.noise_floor import Finding
 from defender_client.objective import RECONSTRUCTION, STABILITY
-from defender_client.query_log import LOG_FILE, QueryLog
+from defender_client.query_log import QueryLog, log_files
 from defender_client.stack import Stack
 from defender_client.train import CURVE_FILE, STACK_FILE
 from shared.datasets import ImageSet
@@ -102,7 +102,7 @@ class Result:
 def read_run(run: Path) -> Result:
     """A run's results; ConfigError if `run` is not a run directory."""
     config = configs.load(run)
-    log = QueryLog.read(run / LOG_FILE) if (run / LOG_FILE).exists() else QueryLog(None)
+    log = QueryLog.of_run(run) if log_files(run) else QueryLog(None)
     curve_path = run / CURVE_FILE
     curve: dict[int, dict[str, Any]] = {}
     if curve_path.exists():

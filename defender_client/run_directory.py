@@ -36,6 +36,13 @@ def locked(run: Path) -> Iterator[str]:
         yield _identity(run / _IDENTITY_FILE)
 
 
+def check_identity(run: Path, run_id: str) -> None:
+    """ConfigError unless this is the run of that id: what one rank has locked, the others must see too."""
+    path = run / _IDENTITY_FILE
+    if not path.exists() or _identity(path) != run_id:
+        raise ConfigError(f"{run} is not the directory that rank 0 works in: all ranks must see the same --out")
+
+
 def _identity(path: Path) -> str:
     if not path.exists():
         temporary = path.with_suffix(".tmp")

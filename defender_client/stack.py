@@ -14,6 +14,7 @@ import os
 from pathlib import Path
 
 import safetensors.torch
+import torch
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -55,8 +56,14 @@ class Stack(nn.Module):
         c, h, w = self.spec.image_shape
         return self.spec.autoencoder.latent if self.spec.autoencoder is not None else c * h * w
 
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are. What goes in may be elsewhere; what comes out is there."""
+        return next((parameter.device for parameter in self.parameters()), torch.device("cpu"))
+
     def denoise(self, images: Tensor) -> Tensor:
         """D(x): images [b, c, h, w] -> [b, c, h, w], not clamped."""
+        images = images.to(self.device)
         return images if self.denoiser is None else self.denoiser(images)
 
     def front(self, images: Tensor) -> Tensor:
@@ -70,6 +77,7 @@ class Stack(nn.Module):
 
     def back(self, points: Tensor) -> Tensor:
         """Images in [0, 1] [b, c, h, w] for the oracle from points [b, d]; frozen, merged into the black box."""
+        points = points.to(self.device)
         if self.autoencoder is not None:
             return self.autoencoder.decode(points)
         # The oracle takes images in [0, 1]; clamping is part of the base classifier that is smoothed.

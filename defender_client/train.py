@@ -21,7 +21,7 @@ import math
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from defender_client import checkpoints, noise_floor, zo
+from defender_client import checkpoints, noise_floor, rank_norm, zo
 from defender_client import stack as stacks
 from defender_client.appending import drop_lines_from
 from defender_client.black_box import BlackBox
@@ -47,6 +47,7 @@ from defender_client.objective import OF_TASK, STABILITY, Objective
 from defender_client.oracle import Oracle, WaitGivenUp
 from defender_client.pretrain import pretrain
 from defender_client.progress import meter
+from defender_client.ranks import ALONE, Ranks, Tensors
 from defender_client.sampling import Sampler, needed
 from defender_client.stack import Stack, StackSpec
 from defender_client.surrogate import Surrogate
@@ -74,7 +75,13 @@ class Gradients(Protocol):
 
 
 def train(
-    config: RunConfig, spec: StackSpec, run: Path, splits: Splits, oracle: Oracle, whitebox: WhiteBox | None = None
+    config: RunConfig,
+    spec: StackSpec,
+    run: Path,
+    splits: Splits,
+    oracle: Oracle,
+    whitebox: WhiteBox | None = None,
+    ranks: Ranks = ALONE,
 ) -> Stack:
     """Train a stack over HTTP, from its last checkpoint if there is one; returns the best by the validation split.
 
@@ -83,6 +90,7 @@ def train(
 
     Args:
         whitebox: what gradients go through, where `estimator.name` is `fo`.
+        ranks: who shares the work; all of them call this, and rank 0 writes.
 
     Raises:
         ConfigError: no white box where one is needed, or one where none is; labels that the oracle's scores do not
@@ -100,16 +108,16 @@ def train(
     checkpoint = checkpoints.load(run / CHECKPOINT_FILE)
     if checkpoint is not None and checkpoint.progress.epoch >= config.train.total_epochs(len(splits.train)):
         return stacks.load(final)
-    stack = pretrain(config, spec, run, splits)
-    mu = config.estimator.mu
-    if config.estimator.zeroth_order:
-        mu = noise_floor.step(config, run, stack, splits.train, oracle, started=checkpoint is not None)
-    objective = OF_TASK[oracle.info.task]
-    targets, known = _targets(config, run, splits, oracle, objective)
+    objective, mu = OF_TASK[oracle.info.task], config.estimator.mu
+    with ranks.leader_first():  # who comes later finds all of it on disk
+        stack = pretrain(config, spec, run, splits)
+        if config.estimator.zeroth_order:
+            mu = noise_floor.step(config, run, stack, splits.train, oracle, started=checkpoint is not None)
+        targets, known = _targets(config, run, splits, oracle, objective)
     if whitebox is not None:
         clean, answers = known if known is not None else (None, None)
         compare(run, whitebox, clean, answers, objective)
-    _Trainer(config, run, splits, oracle, stack, objective, targets, mu, whitebox).run(checkpoint)
+    _Trainer(config, run, splits, oracle, stack, objective, targets, mu, whitebox, ranks).run(checkpoint)
     return stacks.load(final)
 
 
@@ -161,11 +169,16 @@ class _Trainer:
         targets: dict[str, Tensor],
         mu: float,
         whitebox: WhiteBox | None,
+        ranks: Ranks,
     ) -> None:
+        self._ranks = ranks
         self._config, self._run, self._splits, self._oracle = config, run, splits, oracle
         self._stack, self._objective, self._targets = stack, objective, targets
         self._black_box = BlackBox(stack, oracle, config.train.query_rows, config.train.query_form)
         self._crew = Crew(config.train.in_flight)
+        stack.to(ranks.device)
+        if not ranks.alone:
+            rank_norm.shared(stack)
         self._generators = {
             name: torch.Generator().manual_seed(config.seed * 7 + offset)
             for offset, name in enumerate(("noise", "probes"), start=1)
@@ -192,6 +205,7 @@ class _Trainer:
             self._config.train,
             self._config.estimator,
             self._surrogate,
+            self._ranks,
         )
 
     def _new_surrogate(self) -> Surrogate:
@@ -204,6 +218,7 @@ class _Trainer:
             self._restore(checkpoint)
         try:
             self._epochs()
+            self._ranks.any(False)  # nobody goes on before rank 0 has written the last of it
         except WaitGivenUp:
             raise KeyboardInterrupt from None
 
@@ -213,7 +228,7 @@ class _Trainer:
         done = self._progress
         total, samples_done = settings.samples(steps, count), settings.samples(done.step, count)
         with (
-            SummaryWriter(str(self._run / "tensorboard"), purge_step=done.step) as board,
+            self._board(done.step) as board,
             meter("train", total, "samples", samples_done) as meter_,
             self._crew,
             _whole_steps(self._oracle.stop_waiting) as interrupted,
@@ -224,21 +239,33 @@ class _Trainer:
                 for batch in range(self._progress.batch, min(batches, steps - epoch * batches)):
                     result = self._step(epoch)
                     self._progress = replace(
-                        self._progress, step=self._progress.step + 1, batch=batch + 1, queries=self._oracle.cost
+                        self._progress, step=self._progress.step + 1, batch=batch + 1, queries=self._cost()
                     )
-                    if self._progress.step % settings.checkpoint_every == 0 or interrupted():
+                    stop = self._ranks.any(interrupted())
+                    if self._progress.step % settings.checkpoint_every == 0 or stop:
                         self._save()
                     self._record(board, "train", result)
                     meter_.advance(
                         settings.samples(self._progress.step, count) - settings.samples(self._progress.step - 1, count),
                         f"loss {result.loss:.3f}, {self._objective.quality_name} {result.quality:.3f}"
                         + (f", surrogate's cosine {result.cosine:.2f}" if result.cosine is not None else ""),
-                        spent=self._oracle.log.total,
+                        spent=self._oracle.log.total if self._ranks.alone else self._progress.queries,
                         left=self._oracle.remaining,
                     )
-                    if interrupted():
+                    if stop:
                         raise KeyboardInterrupt
                 self._end_epoch(epoch, board)
+
+    def _board(self, step: int) -> AbstractContextManager[SummaryWriter | None]:
+        """Where scalars go; rank 0 alone has one."""
+        if not self._ranks.leads:
+            return nullcontext()
+        board: AbstractContextManager[SummaryWriter] = SummaryWriter(str(self._run / "tensorboard"), purge_step=step)
+        return board
+
+    def _cost(self) -> int:
+        """Queries that the run's answers have cost in all, on all ranks; told to all of them."""
+        return self._ranks.total(self._oracle.cost)
 
     def _step(self, epoch: int) -> StepResult:
         """One step on the images that are its turn."""
@@ -267,32 +294,41 @@ class _Trainer:
         self._sampler.tell(index, result.losses)
         return result
 
-    def _end_epoch(self, epoch: int, board: SummaryWriter) -> None:
+    def _end_epoch(self, epoch: int, board: SummaryWriter | None) -> None:
         """Validate, keep the best stack, checkpoint."""
         settings = self._config.train
         last = epoch + 1 == settings.total_epochs(len(self._splits.train))
         best = self._progress.best
         if len(self._splits.validation) and ((epoch + 1) % settings.validate_every == 0 or last):
             result = self._validate(epoch)
+            self._progress = replace(self._progress, queries=self._cost())
             self._record(board, "validation", result)
-            line = {
-                "epoch": epoch + 1,
-                "step": self._progress.step,
-                "queries": self._oracle.cost,
-                "loss": result.loss,
-                self._objective.quality_name: result.quality,
-            }
-            # A validation that a kill cut off from its checkpoint is done again, and replaces itself.
-            drop_lines_from(self._run / CURVE_FILE, lambda known: _step_of(known) >= self._progress.step)
-            with (self._run / CURVE_FILE).open("a", encoding="utf-8") as curve:
-                curve.write(json.dumps(line) + "\n")
+            if self._ranks.leads:
+                self._write_curve(epoch, result)
             if best is None or result.quality >= best:
                 best = result.quality
-                stacks.save(self._stack, self._run / STACK_FILE)
+                self._keep_stack()
         elif not len(self._splits.validation) and last:
-            stacks.save(self._stack, self._run / STACK_FILE)
-        self._progress = replace(self._progress, epoch=epoch + 1, batch=0, queries=self._oracle.cost, best=best)
+            self._keep_stack()
+        self._progress = replace(self._progress, epoch=epoch + 1, batch=0, best=best)
         self._save()
+
+    def _write_curve(self, epoch: int, result: StepResult) -> None:
+        line = {
+            "epoch": epoch + 1,
+            "step": self._progress.step,
+            "queries": self._progress.queries,
+            "loss": result.loss,
+            self._objective.quality_name: result.quality,
+        }
+        # A validation that a kill cut off from its checkpoint is done again, and replaces itself.
+        drop_lines_from(self._run / CURVE_FILE, lambda known: _step_of(known) >= self._progress.step)
+        with (self._run / CURVE_FILE).open("a", encoding="utf-8") as curve:
+            curve.write(json.dumps(line) + "\n")
+
+    def _keep_stack(self) -> None:
+        if self._ranks.leads:
+            stacks.save(self._stack, self._run / STACK_FILE)
 
     @torch.no_grad()
     def _validate(self, epoch: int) -> StepResult:
@@ -300,30 +336,49 @@ class _Trainer:
         self._stack.eval()
         validation = self._splits.validation
         generator = torch.Generator().manual_seed(self._config.seed)
+
+        def work() -> Tensors:
+            found = [
+                (
+                    float(self._objective.losses(answers, targets).sum()),
+                    float(self._objective.quality(answers, targets).sum()),
+                )
+                for answers, targets in self._crew.in_order(self._validations(epoch, generator))
+            ]
+            return {"found": torch.tensor(found, dtype=torch.float64).reshape(-1, 2)}
+
+        parts = [part["found"].tolist() for part in self._ranks.told(work)]
         losses, quality = 0.0, 0.0
-        for answers, targets in self._crew.in_order(self._validations(epoch, generator)):
-            losses += float(self._objective.losses(answers, targets).sum())
-            quality += float(self._objective.quality(answers, targets).sum())
+        for batch in range(sum(map(len, parts))):
+            loss, good = parts[batch % self._ranks.size][batch // self._ranks.size]
+            losses += loss
+            quality += good
         return StepResult(losses / len(validation), quality / len(validation), 0.0, torch.empty(0))
 
     def _validations(self, epoch: int, generator: torch.Generator) -> Iterator[Callable[[], tuple[Tensor, Tensor]]]:
-        """Batches of noisy validation images to be asked about: answers [n, k] and targets [n, ...]."""
+        """Batches of noisy validation images to be asked about: answers [n, k] and targets [n, ...]. Ranks take
+        turns."""
         validation, size = self._splits.validation, self._config.train.batch
-        for start in range(0, len(validation), size):
+        for number, start in enumerate(range(0, len(validation), size)):
             part = slice(start, start + size)
-            points = self._stack.front(gaussian(validation.floats(part), self._config.sigma, generator))
+            noisy = gaussian(validation.floats(part), self._config.sigma, generator)
+            if number % self._ranks.size != self._ranks.rank:
+                continue
+            points = self._stack.front(noisy)
             yield partial(self._validated, points, self._targets["validation"][part], f"validation/{epoch}/{start}")
 
     def _validated(self, points: Tensor, targets: Tensor, label: str) -> tuple[Tensor, Tensor]:
         return self._black_box.logits(points, purpose="validation", label=label), targets
 
-    def _record(self, board: SummaryWriter, what: str, result: StepResult) -> None:
+    def _record(self, board: SummaryWriter | None, what: str, result: StepResult) -> None:
         step = self._progress.step
+        if board is None:
+            return
         board.add_scalar(f"{what}/loss", result.loss, step)
         board.add_scalar(f"{what}/{self._objective.quality_name}", result.quality, step)
         if what == "train":
             board.add_scalar("train/gradient_norm", result.gradient_norm, step)
-            board.add_scalar("queries/spent", self._oracle.cost, step)
+            board.add_scalar("queries/spent", self._progress.queries, step)
             if result.cosine is not None:
                 board.add_scalar("train/surrogate_cosine", result.cosine, step)
 
@@ -335,6 +390,8 @@ class _Trainer:
         return torch.optim.Adam(parameters, settings.lr, weight_decay=decay)
 
     def _save(self) -> None:
+        if not self._ranks.leads:
+            return
         states = {name: generator.get_state() for name, generator in self._generators.items()}
         checkpoints.save(
             self._run / CHECKPOINT_FILE, self._progress, self._stack, self._optimizer, states, self._beside()

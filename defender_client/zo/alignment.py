@@ -11,7 +11,7 @@ answers in flight.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -31,8 +31,15 @@ class Alignment:
         for index, values in enumerate((products, squares, guesses)):
             self._pending[index] += float(values.sum())
 
-    def settle(self) -> None:
-        """What was told since counts from now on."""
+    @property
+    def pending(self) -> list[float]:
+        """The three sums over what was told since `settle`."""
+        return list(self._pending)
+
+    def settle(self, pending: Sequence[float] | None = None) -> None:
+        """What was told since counts from now on; `pending` in its place, where others were told of other samples."""
+        if pending is not None:
+            self._pending = list(pending)
         if self._pending[2] > 0:
             self._known = [DECAY * old + new for old, new in zip(self._known, self._pending, strict=True)]
         self._pending = [0.0, 0.0, 0.0]

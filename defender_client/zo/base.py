@@ -132,16 +132,22 @@ class Estimator(ABC):
         """
 
     @abstractmethod
-    def ask_factored(self, points: Tensor, guide: Tensor | None = None) -> Probes:
+    def ask_factored(self, points: Tensor, guide: Tensor | None = None, part: tuple[int, int] | None = None) -> Probes:
         """What `ask` asks, unexpanded: row by row, `expand` gives the same bits.
 
         Args:
             points: w [b, d], float32.
             guide: as `ask`.
+            part: (start, stop), at least one: ask about these of the points alone, along the directions that they have
+                among all of them. `tell` and `derive` then speak of these. None for all.
 
         Raises:
             ValueError, StepVanished: as `ask`.
         """
+
+    @abstractmethod
+    def skip(self, points: Tensor, guide: Tensor | None = None) -> None:
+        """Draw from the generator what `ask_factored` of these points draws, and ask nothing: others ask about them."""
 
     @abstractmethod
     def tell(self, losses: Tensor) -> Tensor:

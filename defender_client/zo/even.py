@@ -76,15 +76,19 @@ class EvenEstimator(Estimator):
         self._asked = _Asked(kept, points.dtype, (probes.shape[0], probes.shape[1]))
         return probes
 
-    def ask_factored(self, points: Tensor, guide: Tensor | None = None) -> Probes:
+    def ask_factored(self, points: Tensor, guide: Tensor | None = None, part: tuple[int, int] | None = None) -> Probes:
         points = self._checked(points)
         check_factored(points)
-        b, d = points.shape
-        steps = np.broadcast_to(np.float32(self.mu), (self.directions_per_sample(d),))
+        steps = np.broadcast_to(np.float32(self.mu), (self.directions_per_sample(points.shape[1]),))
         probes = Probes(points.cpu().numpy(), steps, self._along(points), self.difference)
+        if part is not None:
+            probes = probes.of(*part)
         kept = self._realised_of(probes).to(points.device)
-        self._asked = _Asked(kept, points.dtype, (b, probes.p))
+        self._asked = _Asked(kept, points.dtype, (probes.n, probes.p))
         return probes
+
+    def skip(self, points: Tensor, guide: Tensor | None = None) -> None:
+        self._along(points)
 
     def tell(self, losses: Tensor) -> Tensor:
         asked = self._open_question()

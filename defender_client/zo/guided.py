@@ -51,14 +51,15 @@ class Guided(RandomSubspace):
         self.spread = spread
         self.alignment = Alignment()
 
-    def _random(self, points: Tensor, open_: Tensor, guide: Tensor, first: Tensor | None) -> Frame:
+    def _random(self, points: Tensor, open_: Tensor, guide: Tensor, first: Tensor | None, kept: slice) -> Frame:
         m = self.directions_per_sample(points.shape[1])
         if self.spread == "even":
-            return random_frame(m, points, open_, self._generator, first)
+            return random_frame(m, points, open_, self._generator, first, kept)
         room = open_.sum(dim=1)
         weights = guide.double().norm(dim=1) * room.sqrt()
         counts = allocate(weights.cpu(), m * len(points), room.cpu()).to(points.device)
-        return random_frame(max(int(counts.max()), 1), points, open_, self._generator, first).only(counts)
+        most = max(int(counts.max()), 1)
+        return random_frame(most, points, open_, self._generator, first, kept).only(counts[kept])
 
     def _measure(self, told: Derivatives, kappa: Tensor) -> None:
         along = torch.einsum("bmd,bd->bm", told.directions, told.guide)
@@ -100,9 +101,9 @@ class Prior(Guided):
         self.scale = scale
         self._guide_probed = False
 
-    def _frame(self, points: Tensor, open_: Tensor, guide: Tensor) -> Frame:
+    def _frame(self, points: Tensor, open_: Tensor, guide: Tensor, kept: slice) -> Frame:
         self._guide_probed = self.trusts(float(open_.sum(dim=1).double().mean()))
-        return self._random(points, open_, guide, guide if self._guide_probed else None)
+        return self._random(points, open_, guide, guide if self._guide_probed else None, kept)
 
     def trusts(self, dimension: float) -> bool:
         """Whether a probe along the guess is worth more than a random one, in `dimension` dimensions."""
@@ -137,8 +138,8 @@ class ControlVariate(Guided):
 
     name = "control-variate"
 
-    def _frame(self, points: Tensor, open_: Tensor, guide: Tensor) -> Frame:
-        return self._random(points, open_, guide, None)
+    def _frame(self, points: Tensor, open_: Tensor, guide: Tensor, kept: slice) -> Frame:
+        return self._random(points, open_, guide, None, kept)
 
     def _gradient(self, told: Derivatives) -> Tensor:
         kappa = (told.dimensions.double() / told.counts.clamp(min=1)).unsqueeze(1).expand_as(told.values)
@@ -185,19 +186,28 @@ class Distil(Estimator):
         rows = torch.from_numpy(probes.expand(0, len(probes))).to(points)
         return rows.view(len(points), -1, points.shape[1]) if self.q else rows
 
-    def ask_factored(self, points: Tensor, guide: Tensor | None = None) -> Probes:
+    def ask_factored(self, points: Tensor, guide: Tensor | None = None, part: tuple[int, int] | None = None) -> Probes:
         points = self._checked(points)
         check_factored(points)
         if guide is None or guide.shape != points.shape:
             raise ValueError(f"{self.name} needs a guide {list(points.shape)} for these points")
-        b, d = points.shape
-        m = max(self.q, 1)  # a factored batch has a direction, used or not
-        drawn = torch.randn(b, m, d, generator=self._generator, device=self._generator.device).to(points)
+        drawn = self._drawn(points)
+        if part is not None:
+            points, guide, drawn = (values[slice(*part)] for values in (points, guide, drawn))
+        b, m, _ = drawn.shape
         drawn /= drawn.norm(dim=2, keepdim=True)
         steps = (self.jitter * points.norm(dim=1, keepdim=True)).expand(b, m).contiguous()
         counts = np.zeros(b, np.int64) if not self.q else None
         self._asked = (guide.detach(), (b, 1 + self.q) if self.q else (b,))
         return Probes(points.cpu().numpy(), steps.cpu().numpy(), Directions(drawn.cpu().numpy()), "forward", counts)
+
+    def skip(self, points: Tensor, guide: Tensor | None = None) -> None:
+        self._drawn(points)
+
+    def _drawn(self, points: Tensor) -> Tensor:
+        m = max(self.q, 1)  # a factored batch has a direction, used or not
+        shape = (len(points), m, points.shape[1])
+        return torch.randn(*shape, generator=self._generator, device=self._generator.device).to(points)
 
     def tell(self, losses: Tensor) -> Tensor:
         if self._asked is None:

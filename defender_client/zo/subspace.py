@@ -114,9 +114,9 @@ class Subspace(Estimator):
         self._asked = None
 
     @abstractmethod
-    def _frame(self, points: Tensor, open_: Tensor, guide: Tensor) -> Frame:
-        """Where to probe `points` [b, d]; `open_` [b, d], bool, are the coordinates that count, and the guide's others
-        are 0."""
+    def _frame(self, points: Tensor, open_: Tensor, guide: Tensor, kept: slice) -> Frame:
+        """Where to probe those of `points` [b, d] that are `kept`; `open_` [b, d], bool, are the coordinates that
+        count, and the guide's others are 0."""
 
     @abstractmethod
     def _gradient(self, told: Derivatives) -> Tensor:
@@ -124,30 +124,28 @@ class Subspace(Estimator):
 
     def ask(self, points: Tensor, guide: Tensor | None = None) -> Tensor:
         points = self._checked(points)
-        _, rows, asked = self._posed(points, guide)
+        _, rows, asked = self._posed(points, guide, slice(None))
         self._asked = asked
         return rows if len(asked.shape) == 2 else rows[asked.rows]
 
-    def ask_factored(self, points: Tensor, guide: Tensor | None = None) -> Probes:
+    def ask_factored(self, points: Tensor, guide: Tensor | None = None, part: tuple[int, int] | None = None) -> Probes:
         points = self._checked(points)
         check_factored(points)
-        frame, _, asked = self._posed(points, guide)
-        self._asked = asked
+        kept = slice(None) if part is None else slice(*part)
+        frame, _, asked = self._posed(points, guide, kept)
+        self._asked, points = asked, points[kept]
         steps = np.broadcast_to(np.float32(self.mu), (frame.directions.shape[1],))
         counts = None if len(asked.shape) == 2 else frame.counts.cpu().numpy()
         return Probes(points.cpu().numpy(), steps, frame.along, self.difference, counts)
 
-    def _posed(self, points: Tensor, guide: Tensor | None) -> tuple[Frame, Tensor, _Asked]:
+    def skip(self, points: Tensor, guide: Tensor | None = None) -> None:
+        """Nothing is drawn, but by those who say so."""
+
+    def _posed(self, points: Tensor, guide: Tensor | None, kept: slice) -> tuple[Frame, Tensor, _Asked]:
         """The frame, the rows [b, p, d] of all its directions, probed or not, and what to keep of the question."""
-        if self.guided and guide is None:
-            raise ValueError(f"{self.name} needs a guide, {list(points.shape)}")
-        if guide is not None and (guide.shape != points.shape or not bool(torch.isfinite(guide).all())):
-            raise ValueError(
-                f"the guide must be finite and {list(points.shape)}, as the points, not {list(guide.shape)}"
-            )
-        open_ = points != 0 if self.active else torch.ones_like(points, dtype=torch.bool)
-        hint = torch.zeros_like(points) if guide is None else guide.detach().to(points) * open_
-        frame = self._frame(points, open_, hint)
+        open_, hint = self._hinted(points, guide)
+        frame = self._frame(points, open_, hint, kept)
+        points, hint = points[kept], hint[kept]
         base, used = points.unsqueeze(1), frame.used
         # As `Probes.expand` does it: the step times the direction, rounded, then the sum, rounded.
         nominal = frame.directions * torch.tensor(self.mu, dtype=points.dtype)
@@ -163,6 +161,17 @@ class Subspace(Estimator):
             raise StepVanished(f"mu = {self.mu} is lost in rounding: no coordinate of a probe differs from its point")
         shape = tuple(asked_for.shape) if bool(used.all()) else (int(asked_for.sum()),)
         return frame, rows, _Asked(steps, asked_for, frame, hint, points.dtype, shape)
+
+    def _hinted(self, points: Tensor, guide: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Which coordinates count, [b, d], bool, and the guide within them, 0 without one."""
+        if self.guided and guide is None:
+            raise ValueError(f"{self.name} needs a guide, {list(points.shape)}")
+        if guide is not None and (guide.shape != points.shape or not bool(torch.isfinite(guide).all())):
+            raise ValueError(
+                f"the guide must be finite and {list(points.shape)}, as the points, not {list(guide.shape)}"
+            )
+        open_ = points != 0 if self.active else torch.ones_like(points, dtype=torch.bool)
+        return open_, torch.zeros_like(points) if guide is None else guide.detach().to(points) * open_
 
     def tell(self, losses: Tensor) -> Tensor:
         asked = self._open_question()
@@ -222,8 +231,8 @@ class ActiveCGE(Subspace):
     def directions_per_sample(self, dimension: int) -> int:
         return dimension
 
-    def _frame(self, points: Tensor, open_: Tensor, guide: Tensor) -> Frame:
-        d = points.shape[1]
+    def _frame(self, points: Tensor, open_: Tensor, guide: Tensor, kept: slice) -> Frame:
+        d, open_ = points.shape[1], open_[kept]
         counts = open_.sum(dim=1)
         # The open axes of each point first, in their order.
         axes = torch.argsort((~open_).to(torch.uint8), dim=1, stable=True)[:, : max(int(counts.max()), 1)]
@@ -269,6 +278,10 @@ class RandomSubspace(Subspace):
     def directions_per_sample(self, dimension: int) -> int:
         return min(self.q, dimension)
 
+    def skip(self, points: Tensor, guide: Tensor | None = None) -> None:
+        points = self._checked(points)
+        self._frame(points, *self._hinted(points, guide), slice(0, 0))
+
 
 class Orthonormal(RandomSubspace):
     """q orthonormal directions, uniform among all frames of the subspace, drawn anew for every sample.
@@ -303,8 +316,8 @@ class Orthonormal(RandomSubspace):
         super().__init__(q, mu, difference, generator=generator, active=active)
         self.scale = scale
 
-    def _frame(self, points: Tensor, open_: Tensor, guide: Tensor) -> Frame:
-        return random_frame(self.directions_per_sample(points.shape[1]), points, open_, self._generator)
+    def _frame(self, points: Tensor, open_: Tensor, guide: Tensor, kept: slice) -> Frame:
+        return random_frame(self.directions_per_sample(points.shape[1]), points, open_, self._generator, kept=kept)
 
     def _gradient(self, told: Derivatives) -> Tensor:
         if self.scale == "projection":
@@ -314,7 +327,12 @@ class Orthonormal(RandomSubspace):
 
 
 def random_frame(
-    m: int, points: Tensor, open_: Tensor, generator: torch.Generator, first: Tensor | None = None
+    m: int,
+    points: Tensor,
+    open_: Tensor,
+    generator: torch.Generator,
+    first: Tensor | None = None,
+    kept: slice = slice(None),
 ) -> Frame:
     """m random orthonormal directions within the open coordinates, or as many as there are of these.
 
@@ -324,12 +342,14 @@ def random_frame(
         generator: of the directions.
         first: [b, d], of which the first direction is the unit vector, as far as it lies in the open coordinates; where
             nothing of it does, all are random.
+        kept: the points whose directions are returned; all are drawn.
     """
     b, d = points.shape
-    drawn = torch.randn(b, d, m, generator=generator, device=generator.device, dtype=torch.float64)
+    drawn = torch.randn(b, d, m, generator=generator, device=generator.device, dtype=torch.float64)[kept]
+    open_ = open_[kept]
     drawn = drawn.to(points.device) * open_.unsqueeze(2)
     if first is not None:
-        inside = first.double() * open_
+        inside = first[kept].double() * open_
         length = inside.norm(dim=1, keepdim=True)
         drawn[:, :, 0] = torch.where(length > 0, inside / length.clamp(min=1e-300), drawn[:, :, 0])
     # Q of QR, up to signs, which are as good as random and of no matter to any estimate: f(w + mu u) is symmetric in
