@@ -103,6 +103,18 @@ def serve(
     weights: Annotated[
         str | None, typer.Option(help="A .safetensors, .pt or .pth file; for torchvision's own: DEFAULT or their name.")
     ] = None,
+    defence: Annotated[
+        Path | None, typer.Option(help="An exported stack (defender-client export), put in front of the model.")
+    ] = None,
+    smooth: Annotated[
+        int | None, typer.Option(help="Noisy copies of an image that vote: answers are shares of the votes.")
+    ] = None,
+    smooth_alpha: Annotated[
+        float | None, typer.Option(help="Answer with the vote's label, or abstain where it may be luck at this error.")
+    ] = None,
+    smooth_seed: Annotated[
+        int | None, typer.Option(help="Of the noise, a secret: the same answers at every start. [default: new]")
+    ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on. [default: 127.0.0.1]")] = None,
     port: Annotated[int | None, typer.Option(help="0 takes any free port. [default: 8600]")] = None,
     ledger: Annotated[
