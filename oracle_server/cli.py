@@ -217,6 +217,8 @@ def _settings(given: dict[str, Any]) -> Settings:
         return Settings(**given)
     except ValidationError as error:
         first = error.errors()[0]
+        if not first["loc"]:  # about several options, which it names
+            raise typer.BadParameter(str(first["msg"]).removeprefix("Value error, ")) from None
         name = (
             "metrics" if first["loc"][:1] == ("metrics_access",) else "-".join(str(part) for part in first["loc"][:1])
         )

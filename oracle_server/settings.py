@@ -11,7 +11,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from shared.wire.protocol import Task
 
 KIB, MIB = 2**10, 2**20
-MOST_DRAWS = 100_000
+MOST_DRAWS = 10_000
 USUAL_MODELS: dict[Task, str] = {"classification": "digits-cnn", "reconstruction": "small-reconstructor"}
 
 
@@ -93,12 +93,12 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _smoothed(self) -> Settings:
         if self.smooth is not None and self.defence is None:
-            raise ValueError("smooth: a vote needs the sigma of a defence's manifest: give --defence, too")
+            raise ValueError("--smooth needs --defence, whose manifest says how much noise its stack was trained for")
         if self.smooth is not None and self.task != "classification":
-            raise ValueError("smooth: a vote is between classes, and --task reconstruction has none: leave it out")
+            raise ValueError("--smooth is a vote between classes, and --task reconstruction has none: leave it out")
         idle = [name for name in ("smooth_alpha", "smooth_seed") if getattr(self, name) is not None]
         if self.smooth is None and idle:
-            raise ValueError(f"{idle[0]}: nothing is smoothed: give --smooth, too")
+            raise ValueError(f"--{idle[0].replace('_', '-')} is of a vote: give --smooth, too")
         return self
 
     @property

@@ -124,7 +124,7 @@ def decided(votes: NDArray[np.int64], alpha: float) -> NDArray[np.float32]:
 def needed(votes: int, alpha: float) -> int:
     """The least n_A of `votes` with 2 P[Binomial(votes, 1/2) >= n_A] <= alpha; votes + 1 where there is none."""
     # In whole numbers: the sum of C(votes, i) over i >= n_A is at most alpha 2^votes / 2.
-    most = Fraction(alpha) * 2**votes / 2
+    most = Fraction(alpha) * 2**votes // 2
     least, ways, tail = votes + 1, 1, 1
     while least > 0 and tail <= most:
         least -= 1

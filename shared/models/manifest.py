@@ -124,9 +124,8 @@ def load_exported(path: Path) -> tuple[Stack, Manifest]:
             f"{expected.sha256[:16]}...: export it again"
         )
     stack = load(file)
-    differing = [
-        name for name in ("image_shape", "classes", "sigma") if getattr(stack.spec, name) != getattr(manifest, name)
-    ]
+    both = ("image_shape", "classes", "sigma")
+    differing = [name for name in both if getattr(stack.spec, name) != getattr(manifest, name)]
     if differing:
         raise ModelError(f"the manifest in {folder} and the stack beside it differ in {', '.join(differing)}")
     return stack, manifest
