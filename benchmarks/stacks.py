@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from benchmarks.models import CLASSES, IMAGE_SHAPE
-from defender_client.models import DenoiserSpec
 from defender_client.stack import Stack, StackSpec
 from shared.models.autoencoder import AutoencoderSpec, paper_cifar, pyramid
+from shared.models.denoisers import DenoiserSpec
 
 SIGMA = 0.25
 

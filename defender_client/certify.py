@@ -29,6 +29,7 @@ from defender_client.progress import meter
 from defender_client.ranks import ALONE, Ranks
 from defender_client.row_parts import SharedRows, parts_of
 from defender_client.sequential import design, looks
+from defender_client.smoothing import BATCH as _BATCH
 from defender_client.smoothing import Certificate, Smooth, largest_radius
 from defender_client.stack import Stack, StackSpec
 from shared.datasets import ImageSet
@@ -37,7 +38,6 @@ CERTIFIED_FILE = "certified.tsv"
 HEADER = "idx\tlabel\tpredict\tradius\tcorrect\ttime"
 HEADERS: dict[Method, str] = {"fixed": HEADER, "sequential": f"{HEADER}\tqueries\tmethod"}
 PURPOSE = "certify"
-_BATCH = 1000
 _FIXED_FIELDS = HEADER.count("\t") + 1
 _METHODS: dict[str, Method] = {"sequential": "sequential"}
 

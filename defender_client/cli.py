@@ -35,6 +35,7 @@ from defender_client.checkpoints import CheckpointError
 from defender_client.config import ConfigError, RunConfig
 from defender_client.demo import DemoFailed
 from defender_client.demo import demo as run_demo
+from defender_client.export import FORMATS, export_stack
 from defender_client.ledger_file import read_key
 from defender_client.offline_audit import LedgerAudit, audit_file
 from defender_client.plan import AttackPlan, Plan, PlanUnaffordable
@@ -48,6 +49,7 @@ from defender_client.scales import FULL
 from defender_client.sources import LiveOracle, RecordedRun
 from defender_client.whitebox import WhiteBoxSource
 from shared.datasets import DatasetError
+from shared.models.manifest import MANIFEST_FILE
 from shared.version import VERSION
 from shared.wire.errors import BudgetExhausted, OracleError
 
@@ -230,6 +232,27 @@ def report(
         target = out or runs[-1] / "report.html"
         write_report(runs, target, data)
         console.print(f"report in {target}")
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="The run's directory.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", help="Directory for the files and their manifest.")],
+    formats: Annotated[
+        list[str] | None,
+        typer.Option("--format", help="safetensors, torch-export or onnx. Repeatable. [default: all three]"),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the run's stack for other programs, and for `oracle-server serve --defence`; zero queries."""
+    with _reported_errors():
+        manifest = export_stack(run, out, formats or FORMATS)
+        if as_json:
+            console.print_json(manifest.model_dump_json())
+            return
+        for name, entry in manifest.files.items():
+            console.print(f"{out / name}: {_bytes(entry.bytes)}, SHA-256 {entry.sha256}")
+        console.print(f"{out / MANIFEST_FILE}: {manifest.total_queries:,} queries spent, sigma {manifest.sigma:g}")
 
 
 @app.command()

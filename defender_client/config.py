@@ -29,10 +29,10 @@ from pydantic import (
 
 from defender_client import zo
 from defender_client.errors import ConfigError as ConfigError  # everybody finds it here
-from defender_client.models import DenoiserSpec
 from defender_client.scales import FULL, changes_of, merge
 from shared import datasets
 from shared.augmentation import Augmentation
+from shared.models.denoisers import DenoiserSpec
 
 CONFIG_FILE = "config.json"
 CERTIFY_FILE = "certify.json"

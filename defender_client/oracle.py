@@ -46,6 +46,7 @@ class OracleInfo(BaseModel):
         task: what it answers with: scores of classes, or a reconstruction. What follows is None for a classifier.
         output_shape: (c, h, w) of a reconstruction.
         measurement: what a reconstructor's images are back-projections of (`shared.measurements`).
+        abstains: whether a row of zeros is an abstention, of an oracle that answers with labels.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -62,6 +63,7 @@ class OracleInfo(BaseModel):
     task: protocol.Task = "classification"
     output_shape: tuple[_Count, _Count, _Count] | None = None
     measurement: Measurement | None = None
+    abstains: bool = False
 
     @property
     def output_name(self) -> str:

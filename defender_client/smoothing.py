@@ -24,6 +24,9 @@ Scored = Callable[[Iterator[Tensor]], Iterator[Tensor]]
 ABSTAIN = -1
 """The label of an ordinary outcome: the votes do not tell the classes apart at the confidence asked for."""
 
+BATCH = 1000
+"""Images per call of the base classifier, unless said."""
+
 NOISE_BLOCK = BLOCK
 """Noisy copies drawn by one call of the generator, whatever the batch size: see `Smooth._noisy_copies`."""
 
@@ -136,7 +139,15 @@ class Smooth:
         self.classes = classes
         self.sigma = sigma
 
-    def certify(self, x: Tensor, n0: int, n: int, alpha: float, batch: int, generator: torch.Generator) -> Certificate:
+    def certify(
+        self,
+        x: Tensor,
+        n0: int,
+        n: int,
+        alpha: float,
+        batch: int = BATCH,
+        generator: torch.Generator = torch.default_generator,
+    ) -> Certificate:
         """CERTIFY of Cohen et al. 2019: a class, and an L2 radius around x within which g answers nothing else.
 
         With probability at least 1 - alpha over the noise, the result is either an abstention or a label and a radius R
@@ -150,7 +161,7 @@ class Smooth:
                 would be credited with it.
             alpha: failure probability, in (0, 1).
             batch: images per call of `base`; of no influence on the noise.
-            generator: draws the noise.
+            generator: draws the noise; by default torch's own, which `torch.manual_seed` seeds.
 
         Returns:
             The certificate; its cost is n0 + n queries.
@@ -261,7 +272,14 @@ class Smooth:
             looks=look + 1,
         )
 
-    def predict(self, x: Tensor, n: int, alpha: float, batch: int, generator: torch.Generator) -> int:
+    def predict(
+        self,
+        x: Tensor,
+        n: int,
+        alpha: float,
+        batch: int = BATCH,
+        generator: torch.Generator = torch.default_generator,
+    ) -> int:
         """PREDICT of Cohen et al. 2019: the class g(x), or `ABSTAIN`.
 
         With probability at least 1 - alpha over the noise, the result is g(x) or `ABSTAIN`.
@@ -269,12 +287,18 @@ class Smooth:
         Args, errors: as for `certify`. The cost is n queries.
         """
         _check_alpha(alpha)
-        votes = self._votes(self._one_by_one(self._noisy_copies(x, n, batch, generator)), n, batch)
+        votes = self.votes(x, n, batch, generator)
         first, second = votes.topk(2).indices.tolist()
         count_a, count_b = int(votes[first]), int(votes[second])
         # Two-sided binomial test of n_A ~ Binomial(n_A + n_B, 1/2) (Hung and Fithian 2019)
         undecided = binomtest(count_a, count_a + count_b, 0.5).pvalue > alpha
         return ABSTAIN if undecided else int(first)
+
+    def votes(
+        self, x: Tensor, n: int, batch: int = BATCH, generator: torch.Generator = torch.default_generator
+    ) -> Tensor:
+        """Votes [classes], int64 on the CPU, of n noisy copies of x; arguments, errors and cost as for `predict`."""
+        return self._votes(self._one_by_one(self._noisy_copies(x, n, batch, generator)), n, batch)
 
     @torch.no_grad()
     def _one_by_one(self, batches: Iterator[Tensor]) -> Iterator[Tensor]:

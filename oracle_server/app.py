@@ -48,7 +48,8 @@ def create_app(settings: Settings, oracle: Oracle | None = None) -> FastAPI:
         ModelError: the model cannot be loaded.
         LedgerError: the ledger cannot be opened.
     """
-    policy = Policy(load_policy(settings.policy, settings.task), max_batch_rows=settings.max_batch_rows)
+    spec = load_policy(settings.policy, settings.task, votes=settings.smooth is not None)
+    policy = Policy(spec, max_batch_rows=settings.max_batch_rows)
     oracle = oracle or build_oracle(settings)  # before the ledger, which a wrong model should not leave behind
     ledger = Ledger.open(settings.ledger, signing_key=settings.signing_key, timeout=settings.ledger_timeout)
     try:

@@ -124,6 +124,18 @@ def serve(
     model: ModelOption = None,
     weights: WeightsOption = None,
     preprocessing: PreprocessingOption = None,
+    defence: Annotated[
+        Path | None, typer.Option(help="An exported stack (defender-client export), put in front of the model.")
+    ] = None,
+    smooth: Annotated[
+        int | None, typer.Option(help="Noisy copies of an image that vote: answers are shares of the votes.")
+    ] = None,
+    smooth_alpha: Annotated[
+        float | None, typer.Option(help="Answer with the vote's label, or abstain where it may be luck at this error.")
+    ] = None,
+    smooth_seed: Annotated[
+        int | None, typer.Option(help="Of the noise, a secret: the same answers at every start. [default: new]")
+    ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on. [default: 127.0.0.1]")] = None,
     port: Annotated[int | None, typer.Option(help="0 takes any free port. [default: 8600]")] = None,
     ledger: Annotated[
@@ -254,6 +266,8 @@ def _settings(options: dict[str, Any]) -> Settings:
         return Settings(**given)
     except ValidationError as error:
         first = error.errors()[0]
+        if not first["loc"]:  # about several options, which it names
+            raise typer.BadParameter(str(first["msg"]).removeprefix("Value error, ")) from None
         name = (
             "metrics" if first["loc"][:1] == ("metrics_access",) else "-".join(str(part) for part in first["loc"][:1])
         )

@@ -11,10 +11,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from oracle_server.defence import defend
 from oracle_server.engines import build_engine
 from oracle_server.loading import Reconstructor, load_model
+from oracle_server.policy.randomness import Randomness
 from oracle_server.rows import Float32, Rows
 from oracle_server.settings import Settings
+from oracle_server.smoothed import SmoothedEngine, Smoothing
 from shared.measurements import Measurement
 from shared.wire import protocol
 from shared.wire.errors import MalformedRequest, UnacceptableValues
@@ -32,6 +35,7 @@ class Oracle:
         block: rows that are made and computed at once, at most.
         lanes: blocks that may be computed at a time.
         measurement: what a reconstructor's images are back-projections of; None for a classifier.
+        smoothing: how the classifier is smoothed; None where its answers are logits.
         task: what it does.
         output_shape: of one row's answer where it leaves the server: (k,), or (c, h, w).
     """
@@ -44,11 +48,12 @@ class Oracle:
         block: int = 256,
         lanes: int = 1,
         measurement: Measurement | None = None,
+        smoothing: Smoothing | None = None,
     ) -> None:
         self.image_shape = image_shape
         self.classes = classes
         self.block, self.lanes = block, lanes
-        self.measurement = measurement
+        self.measurement, self.smoothing = measurement, smoothing
         self.task: protocol.Task = "classification" if measurement is None else "reconstruction"
         self.output_shape: tuple[int, ...] = (classes,) if measurement is None else image_shape
         self._engine = engine
@@ -59,9 +64,9 @@ class Oracle:
         return protocol.OUTPUT_NAMES[self.task]
 
     def announced(self) -> dict[str, Any]:
-        """Parameters for the model's metadata: the public physics of a reconstructor; none for a classifier."""
+        """Parameters for the model's metadata: the public physics of a reconstructor, how a classifier is smoothed."""
         if self.measurement is None:
-            return {}
+            return {} if self.smoothing is None else self.smoothing.announced()
         return {
             protocol.TASK_PARAMETER: self.task,
             protocol.MEASUREMENT_PARAMETER: self.measurement.model_dump(),
@@ -108,12 +113,18 @@ def build_oracle(settings: Settings) -> Oracle:
     Raises:
         ModelError: the model cannot be loaded, or the device is not there.
     """
-    model = load_model(settings)
+    model, manifest = load_model(settings), None
+    if settings.defence is not None:
+        model, manifest = defend(model, settings.defence)
     engine = build_engine(model, settings)
     if isinstance(model, Reconstructor):
         pixels = math.prod(model.image_shape)
         return Oracle(engine, model.image_shape, pixels, engine.block, _LANES, model.measurement)
-    return Oracle(engine, model.image_shape, model.classes, engine.block, _LANES)
+    if manifest is None or settings.smooth is None:
+        return Oracle(engine, model.image_shape, model.classes, engine.block, _LANES)
+    smoothing = Smoothing(manifest.sigma, settings.smooth, settings.smooth_alpha)
+    voting = SmoothedEngine(engine, model.classes, smoothing, Randomness.of(settings.smooth_seed))
+    return Oracle(voting, model.image_shape, model.classes, voting.block, _LANES, smoothing=smoothing)
 
 
 def _unacceptable(images: Float32) -> UnacceptableValues:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from shared.wire.protocol import Task
 
 KIB, MIB = 2**10, 2**20
+MOST_DRAWS = 10_000
 USUAL_MODELS: dict[Task, str] = {"classification": "digits-cnn", "reconstruction": "small-reconstructor"}
 
 
@@ -30,6 +31,12 @@ class Settings(BaseSettings):
     image_size: PositiveInt | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[PositiveFloat, ...] | None = None
+
+    # What stands in front of it: see docs/library.md
+    defence: Path | None = None  # an exported stack, or its manifest
+    smooth: Annotated[int, Field(ge=1, le=MOST_DRAWS)] | None = None  # noisy copies of an image that vote
+    smooth_alpha: Annotated[float, Field(gt=0, lt=1)] | None = None  # abstain, at this error
+    smooth_seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None  # a secret; by default new at each start
 
     # How it is computed
     engine: Literal["auto", "eager", "compile", "onnxruntime"] = "auto"
@@ -83,6 +90,17 @@ class Settings(BaseSettings):
 
     # What a real service does: see docs/policy.md
     policy: Path | None = None
+
+    @model_validator(mode="after")
+    def _smoothed(self) -> Settings:
+        if self.smooth is not None and self.defence is None:
+            raise ValueError("--smooth needs --defence, whose manifest says how much noise its stack was trained for")
+        if self.smooth is not None and self.task != "classification":
+            raise ValueError("--smooth is a vote between classes, and --task reconstruction has none: leave it out")
+        idle = [name for name in ("smooth_alpha", "smooth_seed") if getattr(self, name) is not None]
+        if self.smooth is None and idle:
+            raise ValueError(f"--{idle[0].replace('_', '-')} is of a vote: give --smooth, too")
+        return self
 
     @property
     def model_name(self) -> str:

@@ -1,5 +1,7 @@
-"""Each extra brings what its program needs: every module of it imports without the other program's libraries, and without
-those that only some need."""
+"""Each extra brings what its program needs.
+
+Every module of it imports without the other program's libraries, and without those that only some need.
+"""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import httpx
 import numpy as np
@@ -170,11 +170,19 @@ class RemoteOracle:
 
     # --- queries ---
 
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Logits float32 [n, k] of images [n, c, h, w] in [0, 1]; costs n queries."""
-        array = images.detach().to("cpu", torch.float32).numpy()
+    @overload
+    def __call__(self, images: torch.Tensor) -> torch.Tensor: ...
+
+    @overload
+    def __call__(self, images: NDArray[Any]) -> NDArray[np.float32]: ...
+
+    def __call__(self, images: torch.Tensor | NDArray[Any]) -> torch.Tensor | NDArray[np.float32]:
+        """Logits float32 [n, k] of images [n, c, h, w] in [0, 1], a tensor's as a tensor; costs n queries."""
         label = f"call-{next(self._sequence)}-{uuid.uuid4().hex[:8]}"
-        return torch.from_numpy(self.query(array, purpose="call", label=label))
+        if isinstance(images, torch.Tensor):
+            array = images.detach().to("cpu", torch.float32).numpy()
+            return torch.from_numpy(self.query(array, purpose="call", label=label))
+        return self.query(np.asarray(images, np.float32), purpose="call", label=label)
 
     def query(self, images: NDArray[np.float32], *, purpose: str, label: str) -> NDArray[np.float32]:
         """Logits of a batch: `ask`, about images.
@@ -463,7 +471,8 @@ def _read_output(url: str, metadata: protocol.ModelMetadata) -> dict[str, Any]:
         kind = metadata.parameters.get(protocol.SCORES_PARAMETER, "logits")
         if kind not in SCORES:
             raise UnexpectedAnswer(f"{url} answers with {kind!r}, and only {', '.join(SCORES)} can be read here")
-        return {"classes": scores[1], "scores": kind}
+        abstains = metadata.parameters.get(protocol.ABSTAINS_PARAMETER) is True
+        return {"classes": scores[1], "scores": kind, "abstains": abstains}
     if scores is not None or images is None or len(images) != 4 or min(images[1:]) < 1:
         raise _not_ours(url)
     try:

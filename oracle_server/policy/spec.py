@@ -141,11 +141,17 @@ _SECTIONS: dict[str, type[_Section]] = {
 }
 
 
-def load_policy(path: Path | None, task: Task = "classification") -> PolicySpec:
+def load_policy(path: Path | None, task: Task = "classification", *, votes: bool = False) -> PolicySpec:
     """The policy in a file; the empty one for None.
 
+    Args:
+        path: the file.
+        task: of the model.
+        votes: whether its answers are votes (`--smooth`) and not logits.
+
     Raises:
-        PolicyError: the file cannot be read, is not TOML, holds what no policy has, or what this task cannot have.
+        PolicyError: the file cannot be read, is not TOML, holds what no policy has, or what this task, or votes, cannot
+            have.
     """
     if path is None:
         return PolicySpec()
@@ -166,6 +172,10 @@ def load_policy(path: Path | None, task: Task = "classification") -> PolicySpec:
         raise PolicyError(
             f"the policy {path}: {' and '.join(f'answers.{name}' for name in idle)} change scores of classes, and "
             "--task reconstruction answers with images: leave them out"
+        )
+    if votes and spec.answers != AnswerSpec():
+        raise PolicyError(
+            f"the policy {path}: [answers] is about logits, and --smooth answers with votes: leave one of both out"
         )
     return spec
 

@@ -151,9 +151,12 @@ class Sigmoid(nn.Sigmoid):
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        if torch.onnx.is_in_onnx_export():  # whose tracing would keep the example's number of elements
+            return torch.sigmoid(input)
         flat = input.reshape(-1)
-        filled = F.pad(flat, (0, -len(flat) % _VECTORS))
-        return torch.sigmoid(filled)[: len(flat)].view(input.shape)
+        count = flat.shape[0]  # not len(flat): an exported program is to have as many as it is given
+        filled = F.pad(flat, (0, -count % _VECTORS))
+        return torch.sigmoid(filled)[:count].view_as(input)
 
 
 class Activation(_Layer):

@@ -89,6 +89,8 @@ class DecodersNotAllowed(Forbidden):
 
 
 class BudgetExhausted(Forbidden):
+    """The client's lifetime budget does not cover a batch; nothing of it was charged."""
+
     code, title = "budget-exhausted", "The query budget does not cover this batch"
 
 

@@ -41,6 +41,9 @@ METADATA_ROUTE: Final = f"/v2/models/{MODEL_NAME}"
 # Parameters in the model's metadata: most rows of a batch; what an answer holds where it is not logits.
 MAX_BATCH_ROWS_PARAMETER: Final = "max_batch_rows"
 SCORES_PARAMETER: Final = "scores"
+# Where the model is a smoothed classifier: how (sigma, draws, alpha), and whether a row of zeros is an abstention.
+SMOOTHING_PARAMETER: Final = "smoothing"
+ABSTAINS_PARAMETER: Final = "abstains"
 # Where the model is a reconstructor: that it is one, and how its images are measured (`shared.measurements`).
 TASK_PARAMETER: Final = "task"
 MEASUREMENT_PARAMETER: Final = "measurement"

@@ -21,12 +21,12 @@ from defender_client.certify import CERTIFIED_FILE, Row
 from defender_client.config import CERTIFY_FILE, ConfigError
 from defender_client.data import load_test
 from defender_client.jobs import certify_job
-from defender_client.models import DenoiserSpec
 from defender_client.plan import Plan
 from defender_client.pretrain import PRETRAINED_FILE, fresh_stack
 from defender_client.smoothing import Smooth
 from defender_client.sources import LiveOracle
 from defender_client.train import STACK_FILE
+from shared.models.denoisers import DenoiserSpec
 
 
 @pytest.fixture

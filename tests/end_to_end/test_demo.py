@@ -1,4 +1,4 @@
-"""The demo as a newcomer runs it: from an installed wheel, outside the checkout; the exit code, the report, the audit."""
+"""The demo as a newcomer runs it: from an installed wheel, outside the checkout; exit code, report, audit."""
 
 from __future__ import annotations
 

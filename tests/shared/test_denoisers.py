@@ -9,7 +9,9 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from defender_client.models import DenoiserSpec, DnCNN, UNet, build_denoiser
+from shared.models.denoisers import DenoiserSpec, build_denoiser
+from shared.models.dncnn import DnCNN
+from shared.models.unet import UNet
 
 
 @pytest.fixture(autouse=True)

@@ -7,8 +7,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, model_validator
 from torch import nn
 
-from defender_client.models.dncnn import DnCNN
-from defender_client.models.unet import UNet
+from shared.models.dncnn import DnCNN
+from shared.models.unet import UNet
 
 Architecture = Literal["dncnn", "unet", "none"]
 
