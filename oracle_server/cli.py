@@ -169,6 +169,10 @@ def serve(
     max_decoders_bytes: Annotated[
         int | None, typer.Option(help="Most bytes of all decoders' weights. [default: 256 MiB]")
     ] = None,
+    share_decoders: Annotated[
+        bool | None,
+        typer.Option("--share-decoders", help="Keep them in the ledger's database, for all servers that use it."),
+    ] = None,
     policy: Annotated[Path | None, typer.Option(help="TOML file: noise, rounding, limits, failures...")] = None,
     tls_cert: Annotated[Path | None, typer.Option(help="PEM certificate (chain): serve https.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="PEM private key of the certificate.")] = None,
@@ -192,14 +196,14 @@ def serve(
         run(settings, lambda url: typer.echo(f"listening on {url}"))
 
 
-# Of a connection: Ray's proxy has connections, and a replica has none.
-_OF_A_CONNECTION = frozenset(
-    ("max_connections", "max_header_bytes", "max_headers", "header_timeout", "tls_cert", "tls_key")
-) | {"tls_key_password_file"}
+# Ray's proxy has connections, and a replica has none; decoders are always shared.
+_OF_A_CONNECTION = ("max_connections", "max_header_bytes", "max_headers", "header_timeout")
+_OF_TLS = ("tls_cert", "tls_key", "tls_key_password_file")
+_NOT_A_REPLICA_S = frozenset((*_OF_A_CONNECTION, *_OF_TLS, "share_decoders"))
 
 
 @app.command("ray")
-@with_options_of(serve, without=_OF_A_CONNECTION)
+@with_options_of(serve, without=_NOT_A_REPLICA_S)
 def serve_replicas(
     replicas: Annotated[int | None, typer.Option(help="So many of them. [default: 1]")] = None,
     min_replicas: Annotated[

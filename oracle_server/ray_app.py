@@ -88,10 +88,10 @@ def run(settings: Settings, replicas: Replicas, *, address: str | None, announce
         ReplicasError: Ray is not installed, these replicas cannot be, the address is in use, or they did not start.
         LedgerError, PolicyError: as `Replicas.check` and `Ledger.open` do.
     """
+    replicas.check(settings, one_machine=address is None)
     serve = require_serve()
     import ray
 
-    replicas.check(settings, one_machine=address is None)
     given = shared_settings(settings)
     # Before anything is started: what is wrong with it is said here, in one line, and the key is made once.
     key = given["signing_key"] and Path(given["signing_key"])

@@ -27,7 +27,7 @@ class NotStarted(Exception):
 
 
 class Replica:
-    """An ASGI application that is built where it runs: until its lifespan starts it is settings only, and so can be sent.
+    """An ASGI application that is built where it runs: until its lifespan starts it is settings, and so can be sent.
 
     At the lifespan's end new queries are refused and those inside are finished, for at most `drain_timeout` seconds,
     before the ledger is closed.

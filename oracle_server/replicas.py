@@ -82,6 +82,7 @@ class Replicas(BaseModel):
         """Keywords of `ray.serve.deployment`."""
         options: dict[str, Any] = {
             "name": "Oracle",
+            "logging_config": {"enable_access_log": False},  # a line for each request, on its way through two files
             "max_ongoing_requests": self.max_ongoing_requests or 2 * settings.max_queue_requests,
             "ray_actor_options": {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus},
             "health_check_period_s": self.health_check_period,
@@ -104,6 +105,8 @@ def shared_settings(settings: Settings) -> dict[str, Any]:
     for name, value in settings:
         if isinstance(value, Path):
             given[name] = str(value.absolute())
+    if settings.weights is not None and Path(settings.weights).is_file():  # else a name of torchvision's
+        given["weights"] = str(Path(settings.weights).absolute())
     file = ledger_file(parse_url(settings.ledger))
     if file is not None:
         given["ledger"] = f"sqlite:///{file.absolute()}"

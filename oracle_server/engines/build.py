@@ -6,6 +6,7 @@ import functools
 import logging
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -41,15 +42,38 @@ def build_engine(model: Classifier | Reconstructor, settings: Settings) -> Engin
     makers = _makers(model, settings, arithmetic)
     folder = cache.folder_of(settings)
     key = cache.key_of(model.module, model.image_shape, settings, device, team.threads)
+    known = _known(folder, key, makers, team)
+    if known is not None:
+        return known
+    with cache.alone(folder):
+        # Once more: another server may have measured it while this one waited.
+        return _known(folder, key, makers, team) or _measured(folder, key, model, settings, makers, team, device)
+
+
+def _known(folder: Path | None, key: str, makers: dict[str, Callable[[], Compute]], team: Crew) -> Engine | None:
+    """The engine that an earlier start chose, if it did and it can be built."""
     known = cache.load(folder, key)
-    if known is not None and known.engine in makers:
-        try:
-            engine = BlockEngine(known.engine, makers[known.engine](), known.ladder, team)
-        except NotACandidate as error:
-            log.info("engine %s, chosen at an earlier start, is gone: %s", known.engine, error)
-        else:
-            log.info("%s; measured at an earlier start", _said(known, team))
-            return engine
+    if known is None or known.engine not in makers:
+        return None
+    try:
+        engine = BlockEngine(known.engine, makers[known.engine](), known.ladder, team)
+    except NotACandidate as error:
+        log.info("engine %s, chosen at an earlier start, is gone: %s", known.engine, error)
+        return None
+    log.info("%s; measured at an earlier start", _said(known, team))
+    return engine
+
+
+def _measured(
+    folder: Path | None,
+    key: str,
+    model: Classifier | Reconstructor,
+    settings: Settings,
+    makers: dict[str, Callable[[], Compute]],
+    team: Crew,
+    device: torch.device,
+) -> Engine:
+    """The engine that is chosen now, and remembered."""
     began = time.perf_counter()
     chosen = _choose(model, settings, makers, team, device)
     engine = chosen.engine
