@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -124,10 +125,15 @@ def require_serve() -> Any:
 
 @contextmanager
 def _cluster(ray: Any, address: str | None, replicas: Replicas) -> Iterator[None]:
-    if address is not None:
-        ray.init(address=address)
-    else:
-        ray.init(include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES)
+    try:
+        if address is not None:
+            ray.init(address=address)
+        else:
+            if "RAY_AUTH_TOKEN_PATH" not in os.environ:  # Ray would write one into the user's home
+                os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+            ray.init(include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES)
+    except Exception as error:  # Ray has many, and nothing is running yet
+        raise ReplicasError(f"Ray cannot be {'reached' if address else 'started'}: {error}") from error
     try:
         here = ray.cluster_resources()
         for name, each in (("CPU", replicas.num_cpus), ("GPU", replicas.num_gpus)):

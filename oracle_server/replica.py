@@ -11,13 +11,16 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fastapi import FastAPI
 from starlette.types import Message, Receive, Scope, Send
 
-from oracle_server.service import Service
 from oracle_server.settings import Settings
+
+if TYPE_CHECKING:  # they take torch with them, and whoever only sends a replica somewhere does without
+    from fastapi import FastAPI
+
+    from oracle_server.service import Service
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +94,7 @@ class Replica:
         await send({"type": "lifespan.shutdown.complete"})
 
     def _build(self) -> FastAPI:
-        from oracle_server.app import create_app  # takes torch with it
+        from oracle_server.app import create_app
 
         return create_app(Settings(**self._given))
 

@@ -17,7 +17,7 @@ from oracle_server.decoders import Decoders
 from oracle_server.ledger import Ledger
 from oracle_server.settings import Settings
 from shared.models.decoder import DecoderSpec, write
-from shared.models.layers import SIGMOID, Linear, Unflatten
+from shared.models.layers import Activation, Linear, Unflatten
 from shared.wire import codec, protocol
 from shared.wire.errors import DecoderUnknown, Unavailable
 
@@ -26,7 +26,7 @@ SHAPE = (1, 8, 8)
 
 def content(seed: int = 0) -> bytes:
     """A decoder of four latents."""
-    layers = (Linear(features_in=4, features_out=64), SIGMOID, Unflatten(shape=SHAPE))
+    layers = (Linear(features_in=4, features_out=64), Activation(kind="sigmoid"), Unflatten(shape=SHAPE))
     spec = DecoderSpec(latent=4, image_shape=SHAPE, layers=layers)
     generator = torch.Generator().manual_seed(seed)
     return write(spec, {name: torch.randn(shape, generator=generator) for name, shape in spec.tensors().items()})
