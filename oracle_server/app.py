@@ -13,6 +13,7 @@ from starlette.middleware import Middleware
 from oracle_server import routes_dashboard, routes_decoders
 from oracle_server.admission import Admission
 from oracle_server.batching import Batcher
+from oracle_server.decoder_store import DecoderStore
 from oracle_server.decoders import Decoders
 from oracle_server.documentation import ANYWHERE, DESCRIPTION, TITLE, openapi
 from oracle_server.draining import DrainMiddleware
@@ -84,7 +85,8 @@ def create_app(settings: Settings, oracle: Oracle | None = None) -> FastAPI:
         max_rows=settings.max_batch_rows,
         max_body=max_drained,
     )
-    decoders = Decoders(settings, oracle.image_shape)
+    store = DecoderStore(settings) if settings.allow_decoders and settings.share_decoders else None
+    decoders = Decoders(settings, oracle.image_shape, store)
     service = Service(
         settings, oracle, ledger, metrics, policy, watch, room, decoders, gate, batcher, admission, shedder
     )

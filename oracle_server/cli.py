@@ -23,6 +23,7 @@ from oracle_server.database import LedgerError
 from oracle_server.exporting import export_lines
 from oracle_server.key_files import DEFAULT_MODE, KeyFileError, key_file
 from oracle_server.ledger import ADMIN, CLIENT, ClientExists, Ledger
+from oracle_server.options import with_options_of
 from oracle_server.settings import Settings
 from shared.audit.signatures import SignatureInvalid, read_public_key
 from shared.version import VERSION
@@ -197,6 +198,10 @@ def serve(
     max_decoders_bytes: Annotated[
         int | None, typer.Option(help="Most bytes of all decoders' weights. [default: 256 MiB]")
     ] = None,
+    share_decoders: Annotated[
+        bool | None,
+        typer.Option("--share-decoders", help="Keep them in the ledger's database, for all servers that use it."),
+    ] = None,
     policy: Annotated[Path | None, typer.Option(help="TOML file: noise, rounding, limits, failures...")] = None,
     tls_cert: Annotated[Path | None, typer.Option(help="PEM certificate (chain): serve https.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="PEM private key of the certificate.")] = None,
@@ -208,12 +213,7 @@ def serve(
     log_level: Annotated[str | None, typer.Option(help="debug, info or warning. [default: info]")] = None,
 ) -> None:
     """Serve a classifier, or a reconstructor. Every option can also be set by a variable ORACLE_<OPTION>."""
-    settings = _settings(locals())
-    level = settings.log_level.upper()
-    logging.basicConfig(stream=sys.stderr, level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    debug = settings.log_level == "debug"
-    logging.getLogger("uvicorn.error").setLevel(logging.DEBUG if debug else logging.WARNING)
-    logging.getLogger("sqlalchemy.engine").setLevel(logging.DEBUG if debug else logging.WARNING)
+    settings = _serving(locals())
 
     from oracle_server.policy.spec import PolicyError
     from oracle_server.server import ServeError
@@ -254,6 +254,66 @@ def model_card(
         return
     for name, value in card.lines():
         typer.echo(f"{name:28} {value}")
+
+
+# Ray's proxy has connections, and a replica has none; decoders are always shared.
+_OF_A_CONNECTION = ("max_connections", "max_header_bytes", "max_headers", "header_timeout")
+_OF_TLS = ("tls_cert", "tls_key", "tls_key_password_file")
+_NOT_A_REPLICA_S = frozenset((*_OF_A_CONNECTION, *_OF_TLS, "share_decoders"))
+
+
+@app.command("ray")
+@with_options_of(serve, without=_NOT_A_REPLICA_S)
+def serve_replicas(
+    replicas: Annotated[int | None, typer.Option(help="So many of them. [default: 1]")] = None,
+    min_replicas: Annotated[
+        int | None, typer.Option(help="With --max-replicas, at least so many. [default: 1]")
+    ] = None,
+    max_replicas: Annotated[int | None, typer.Option(help="As many as there is work for, at most so many.")] = None,
+    target_ongoing_requests: Annotated[
+        float | None, typer.Option(help="With --max-replicas: requests under way at each. [default: Ray's, 2]")
+    ] = None,
+    max_ongoing_requests: Annotated[
+        int | None, typer.Option(help="Passed to a replica at once. [default: twice --max-queue-requests]")
+    ] = None,
+    num_cpus: Annotated[
+        float | None, typer.Option(help="Cores of each replica, its engine's threads. [default: 1]")
+    ] = None,
+    num_gpus: Annotated[float | None, typer.Option(help="GPUs of each replica. [default: 0]")] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Of a running Ray cluster. [default: one is started, on this machine]")
+    ] = None,
+    **given: Any,
+) -> None:
+    """Serve replicas of one oracle through Ray Serve, over one ledger in PostgreSQL. Ctrl-C ends them."""
+    settings = _serving(given)
+
+    from oracle_server.policy.spec import PolicyError
+    from oracle_server.ray_app import run
+    from oracle_server.replicas import ReplicasError, read_replicas
+
+    with _one_line(PolicyError, ReplicasError):
+        wanted = read_replicas(
+            replicas=replicas,
+            min_replicas=min_replicas,
+            max_replicas=max_replicas,
+            target_ongoing_requests=target_ongoing_requests,
+            max_ongoing_requests=max_ongoing_requests,
+            num_cpus=num_cpus,
+            num_gpus=num_gpus,
+        )
+        run(settings, wanted, address=address, announce=lambda url: typer.echo(f"listening on {url}"))
+
+
+def _serving(options: dict[str, Any]) -> Settings:
+    """The settings of a server that is about to start, and its logs."""
+    settings = _settings(options)
+    level = settings.log_level.upper()
+    logging.basicConfig(stream=sys.stderr, level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    debug = settings.log_level == "debug"
+    logging.getLogger("uvicorn.error").setLevel(logging.DEBUG if debug else logging.WARNING)
+    logging.getLogger("sqlalchemy.engine").setLevel(logging.DEBUG if debug else logging.WARNING)
+    return settings
 
 
 def _settings(options: dict[str, Any]) -> Settings:

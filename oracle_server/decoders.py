@@ -1,4 +1,4 @@
-"""Decoders that clients registered: latents in, images for the oracle out. In memory only, and private to each client.
+"""Decoders that clients registered: latents in, images for the oracle out. In memory, and private to each client.
 
 A decoder is data (`shared.models.decoder`). What it may take is bounded before anything is built of it.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -94,16 +94,38 @@ class Decoder:
         return images
 
 
+class Store(Protocol):
+    """Where several servers keep the decoders' files: see `decoder_store`."""
+
+    def keep(self, client_id: int, name: str, content: bytes, size: int) -> None: ...
+
+    def find(self, client_id: int, name: str) -> bytes | None: ...
+
+    def names(self, client_id: int) -> list[str]: ...
+
+    def forget(self, client_id: int, name: str) -> bool: ...
+
+    def close(self) -> None: ...
+
+
 class Decoders:
     """Who registered which decoder; used from any thread.
 
     Each client holds so many, and all together so many and so many bytes of weights; beyond that, those that were
     used least recently go: the client's own first. A request that has a decoder in hand keeps it.
+
+    Args:
+        settings: the limits.
+        image_shape: of the oracle's images.
+        store: shared with other servers; what is not in memory is looked for there, and built again from its file.
+            Then `Unavailable` may be raised wherever a decoder is asked for.
     """
 
-    def __init__(self, settings: Settings, image_shape: tuple[int, int, int]) -> None:
+    def __init__(self, settings: Settings, image_shape: tuple[int, int, int], store: Store | None = None) -> None:
         self._settings = settings
         self._image_shape = image_shape
+        self._store = store
+        self._fetching = threading.Lock()
         self._lock = threading.Lock()
         self._held: OrderedDict[tuple[int, str], Decoder] = OrderedDict()  # the least recently used first
 
@@ -139,6 +161,67 @@ class Decoders:
             UnacceptableValues: a weight is not finite.
         """
         self.check_allowed()
+        decoder, new = self._hold(client_id, content)
+        if self._store is not None:
+            self._store.keep(client_id, decoder.id, bytes(content), decoder.bytes)
+        return decoder, new
+
+    def get(self, client_id: int, name: str) -> Decoder:
+        """A client's own decoder by its id; the client's most recently used from now on.
+
+        Raises:
+            DecodersNotAllowed: decoders are off.
+            DecoderUnknown: this client has none of this id.
+        """
+        self.check_allowed()
+        decoder = self._in_memory(client_id, name) or self._fetch(client_id, name)
+        if decoder is None:
+            raise self._unknown(name)
+        return decoder
+
+    def of(self, client_id: int) -> list[Decoder]:
+        """A client's own decoders, the least recently used first. Raises `DecodersNotAllowed`."""
+        self.check_allowed()
+        if self._store is not None:
+            found = [self._in_memory(client_id, n) or self._fetch(client_id, n) for n in self._store.names(client_id)]
+            return [decoder for decoder in found if decoder is not None]
+        with self._lock:
+            return [decoder for (owner, _), decoder in self._held.items() if owner == client_id]
+
+    def delete(self, client_id: int, name: str) -> None:
+        """Let go of a client's own decoder. Raises `DecodersNotAllowed` and `DecoderUnknown`, as `get` does.
+
+        Another server that holds it in memory still knows it until others push it out: it answers its owner only.
+        """
+        self.check_allowed()
+        kept = self._store is not None and self._store.forget(client_id, name)
+        with self._lock:
+            if self._held.pop((client_id, name), None) is None and not kept:
+                raise self._unknown(name)
+
+    def close(self) -> None:
+        """Let go of the store."""
+        if self._store is not None:
+            self._store.close()
+
+    def _in_memory(self, client_id: int, name: str) -> Decoder | None:
+        with self._lock:
+            decoder = self._held.get((client_id, name))
+            if decoder is not None:
+                self._held.move_to_end((client_id, name))
+            return decoder
+
+    def _fetch(self, client_id: int, name: str) -> Decoder | None:
+        """What another server was given."""
+        if self._store is None:
+            return None
+        with self._fetching:  # requests that come together build it once
+            held = self._in_memory(client_id, name)
+            content = None if held is not None else self._store.find(client_id, name)
+            return held if content is None else self._hold(client_id, content)[0]
+
+    def _hold(self, client_id: int, content: bytes | bytearray | memoryview) -> tuple[Decoder, bool]:
+        """Read, check and keep in memory; whether it is new there."""
         try:
             spec = read_spec(content)
             self._check(spec, len(content))
@@ -156,34 +239,6 @@ class Decoders:
             self._held.move_to_end(key)
             self._evict(client_id)
         return decoder, known is None
-
-    def get(self, client_id: int, name: str) -> Decoder:
-        """A client's own decoder by its id; the client's most recently used from now on.
-
-        Raises:
-            DecodersNotAllowed: decoders are off.
-            DecoderUnknown: this client has none of this id.
-        """
-        self.check_allowed()
-        with self._lock:
-            decoder = self._held.get((client_id, name))
-            if decoder is None:
-                raise self._unknown(name)
-            self._held.move_to_end((client_id, name))
-            return decoder
-
-    def of(self, client_id: int) -> list[Decoder]:
-        """A client's own decoders, the least recently used first. Raises `DecodersNotAllowed`."""
-        self.check_allowed()
-        with self._lock:
-            return [decoder for (owner, _), decoder in self._held.items() if owner == client_id]
-
-    def delete(self, client_id: int, name: str) -> None:
-        """Let go of a client's own decoder. Raises `DecodersNotAllowed` and `DecoderUnknown`, as `get` does."""
-        self.check_allowed()
-        with self._lock:
-            if self._held.pop((client_id, name), None) is None:
-                raise self._unknown(name)
 
     def _check(self, spec: DecoderSpec, size: int) -> None:
         if spec.image_shape != self._image_shape:
@@ -215,8 +270,8 @@ class Decoders:
     @staticmethod
     def _unknown(name: str) -> DecoderUnknown:
         return DecoderUnknown(
-            f"you have no decoder {name!r} here: decoders are kept in memory, the least recently used go first, and a "
-            f"restart forgets them all; register it (again) with POST {protocol.DECODERS_ROUTE}"
+            f"you have no decoder {name!r} here: the least recently used go first, and those that are kept in memory "
+            f"are gone after a restart; register it (again) with POST {protocol.DECODERS_ROUTE}"
         )
 
 

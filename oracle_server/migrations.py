@@ -16,6 +16,7 @@ from sqlalchemy import (
     ForeignKey,
     Index,
     Integer,
+    LargeBinary,
     MetaData,
     String,
     Table,
@@ -141,12 +142,27 @@ def _chain_and_reservations(connection: Connection) -> None:
     connection.execute(text("CREATE INDEX entries_by_kind_and_time ON entries (kind, at)"))
 
 
+def _shared_decoders(connection: Connection) -> None:
+    metadata = MetaData()
+    Table(
+        "decoders",
+        metadata,
+        Column("client_id", BigInteger, primary_key=True, autoincrement=False),
+        Column("id", String(32), primary_key=True),
+        Column("content", LargeBinary, nullable=False),
+        Column("bytes", BigInteger, nullable=False),
+        Column("used", BigInteger, nullable=False),
+    )
+    metadata.create_all(connection)
+
+
 # The step after which a ledger has a chain: `chain.establish` follows it in the same transaction.
 CHAIN_STEP = 2
 
 MIGRATIONS: tuple[Migration, ...] = (
     Migration(1, "clients, entries and the idempotency keys that stand for a charge", _clients_and_entries),
     Migration(CHAIN_STEP, "the hash chain, reservations, servers and administrators", _chain_and_reservations),
+    Migration(3, "decoders that all servers of the ledger know", _shared_decoders),
 )
 
 _metadata = MetaData()

@@ -42,7 +42,7 @@ async def register(request: Request, response: Response, service: Parts, caller:
 
 @router.get(protocol.DECODERS_ROUTE, summary="The caller's own decoders", tags=["decoders"], responses=OF_DECODERS)
 async def decoders(service: Parts, caller: Caller) -> protocol.DecoderList:
-    own = service.decoders.of(caller.id)
+    own = await service.on_decoders(service.decoders.of, caller.id)
     return protocol.DecoderList(client=caller.name, decoders=tuple(_statement(decoder) for decoder in own))
 
 
@@ -54,7 +54,7 @@ async def decoders(service: Parts, caller: Caller) -> protocol.DecoderList:
     responses=OF_DECODERS,
 )
 async def delete(service: Parts, caller: Caller, decoder: Annotated[str, Path()]) -> None:
-    service.decoders.delete(caller.id, decoder)
+    await service.on_decoders(service.decoders.delete, caller.id, decoder)
 
 
 def _register(service: Service, client_id: int, body: Buffer, encoding: str, share: Share) -> tuple[Decoder, bool]:

@@ -54,4 +54,5 @@ class Service:
         self.on_bodies.close()
         self.batcher.close()
         self.on_ledger.close()
+        self.decoders.close()
         self.ledger.close()

@@ -87,6 +87,7 @@ class Settings(BaseSettings):
     max_client_decoders: PositiveInt = 4
     max_decoders: PositiveInt = 64  # of all clients together
     max_decoders_bytes: PositiveInt = 256 * MIB
+    share_decoders: bool = False  # through the ledger's database, with whatever other servers use it
 
     # What a real service does: see docs/policy.md
     policy: Path | None = None

@@ -7,11 +7,12 @@ need not read them all:
     clients    who may query; `spent` and `held` are queries charged and queries set aside
     requests   what an Idempotency-Key stands for, and every open reservation (`charge` is NULL) with its server
     servers    the server processes that may hold reservations; see `liveness`
+    decoders   that clients registered, where servers share them; no part of the account
 """
 
 from __future__ import annotations
 
-from sqlalchemy import BigInteger, Integer, String, column, table
+from sqlalchemy import BigInteger, Integer, LargeBinary, String, column, table
 
 clients = table(
     "clients",
@@ -66,4 +67,12 @@ servers = table(
     column("host", String),
     column("pid", BigInteger),
     column("started_at", String),
+)
+decoders = table(
+    "decoders",
+    column("client_id", BigInteger),
+    column("id", String),
+    column("content", LargeBinary),
+    column("bytes", BigInteger),
+    column("used", BigInteger),
 )

@@ -48,15 +48,30 @@ def build_engine(model: Classifier | Reconstructor, settings: Settings) -> Engin
         ModelError: the device is not there, or the engine asked for cannot compute this model here.
     """
     plan = _plan(model, settings)
+    known = _known(plan)
+    if known is not None:
+        return known
+    with cache.alone(plan.folder):
+        # Once more: another server may have measured it while this one waited.
+        return _known(plan) or _measured(plan, model, settings)
+
+
+def _known(plan: _Plan) -> Engine | None:
+    """The engine that an earlier start chose, if it did and it can be built."""
     known = cache.load(plan.folder, plan.key)
-    if known is not None and known.engine in plan.makers:
-        try:
-            engine = BlockEngine(known.engine, plan.makers[known.engine](), known.ladder, plan.team)
-        except NotACandidate as error:
-            log.info("engine %s, chosen at an earlier start, is gone: %s", known.engine, error)
-        else:
-            log.info("%s; measured at an earlier start", _said(known, plan.team))
-            return engine
+    if known is None or known.engine not in plan.makers:
+        return None
+    try:
+        engine = BlockEngine(known.engine, plan.makers[known.engine](), known.ladder, plan.team)
+    except NotACandidate as error:
+        log.info("engine %s, chosen at an earlier start, is gone: %s", known.engine, error)
+        return None
+    log.info("%s; measured at an earlier start", _said(known, plan.team))
+    return engine
+
+
+def _measured(plan: _Plan, model: Classifier | Reconstructor, settings: Settings) -> Engine:
+    """The engine that is chosen now, and remembered."""
     began = time.perf_counter()
     chosen = _choose(model, settings, plan)
     engine = chosen.engine

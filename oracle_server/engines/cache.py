@@ -7,11 +7,13 @@ there, not readable or not ours means that it is measured again.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import platform
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -99,6 +101,21 @@ def save(folder: Path | None, key: str, measured: Measured) -> None:
         except BaseException:
             os.unlink(partial)
             raise
+
+
+@contextlib.contextmanager
+def alone(folder: Path | None) -> Iterator[None]:
+    """One server of this folder at a time: those that start together then share one measurement, and so one engine.
+
+    Two that choose for themselves may choose differently, and what answers differ by is noise to a client that takes
+    differences of them. Where there is no folder to lock in, each is for itself.
+    """
+    with contextlib.ExitStack() as stack:
+        if folder is not None:
+            with contextlib.suppress(OSError):
+                folder.mkdir(parents=True, exist_ok=True)
+                fcntl.flock(stack.enter_context((folder / "measuring.lock").open("w")), fcntl.LOCK_EX)
+        yield
 
 
 def _name(key: str) -> str:
