@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Protocol
+from typing import Protocol, cast
 
 import safetensors.torch
 import torch
@@ -86,7 +86,7 @@ class Ranks:
         size: int = 1,
         device: torch.device = torch.device("cpu"),
         store: Store | None = None,
-        group: dist.ProcessGroup | int | None = None,
+        group: dist.ProcessGroup | None = None,
         hosts: bool = False,
     ) -> None:
         self.rank, self.size, self.device = rank, size, device
@@ -302,7 +302,7 @@ def _join(rank: int, size: int) -> Ranks:
         store, _, _ = next(rendezvous("env://", rank, size, timeout=WAIT))
         store.set_timeout(WAIT)
         dist.init_process_group("nccl" if gpus else "gloo", store=store, rank=rank, world_size=size, timeout=WAIT)
-        group = dist.new_group(backend="gloo", timeout=WAIT)
+        group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=WAIT))
     except (RuntimeError, ValueError) as error:
         raise RankLost(f"the other ranks did not come: {str(error).splitlines()[0]}") from None
     words: Store = dist.PrefixStore("zo-defense", store)  # type: ignore[attr-defined]
