@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Protocol
+from typing import Protocol, cast
 
 import safetensors.torch
 import torch
@@ -302,8 +302,7 @@ def _join(rank: int, size: int) -> Ranks:
         store, _, _ = next(rendezvous("env://", rank, size, timeout=WAIT))
         store.set_timeout(WAIT)
         dist.init_process_group("nccl" if gpus else "gloo", store=store, rank=rank, world_size=size, timeout=WAIT)
-        group = dist.new_group(backend="gloo", timeout=WAIT)
-        assert not isinstance(group, int)  # noqa: S101  (a number for those who are not of the group; here all are)
+        group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=WAIT))
     except (RuntimeError, ValueError) as error:
         raise RankLost(f"the other ranks did not come: {str(error).splitlines()[0]}") from None
     words: Store = dist.PrefixStore("zo-defense", store)  # type: ignore[attr-defined]
