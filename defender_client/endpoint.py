@@ -32,7 +32,7 @@ Factors = tuple[float, ...] | float
 
 PYTHON_PREFIX = "python:"
 DEFAULT_ROWS = 256
-_MODEL_PATH = re.compile(r"(?P<server>.*)/v2/models/(?P<model>[^/]+)(/versions/(?P<version>[^/]+))?(/infer)?/?")
+_MODEL_PATH = re.compile(r"(?P<server>.*)/v2/models/(?P<model>[^/?#]+)(/versions/(?P<version>[^/?#]+))?(/infer)?/?")
 # What may change while a run goes on: where it is, and how it is reached.
 _NOT_IDENTITY = {"url", "header_env", "rows", "binary"}
 
@@ -205,6 +205,8 @@ def described(oracle: str, changes: Mapping[str, Any]) -> Endpoint | None:
         values = {"protocol": "v2", "url": oracle}
     merge(values, changes)
     if values["protocol"] == "v2":
+        if "/v2/models/" in str(values.get("url", "")):
+            _check_url(str(values["url"]))
         values = _located(values)
         if "model" not in values and not oracle.endswith(".toml"):
             return None
