@@ -11,12 +11,12 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -37,6 +37,7 @@ from defender_client.demo import DemoFailed
 from defender_client.demo import demo as run_demo
 from defender_client.export import FORMATS, export_stack
 from defender_client.ledger_file import read_key
+from defender_client.local_audit import audit_local, check_one
 from defender_client.offline_audit import LedgerAudit, audit_file
 from defender_client.plan import AttackPlan, Plan, PlanUnaffordable
 from defender_client.query_log import LogDamaged, QueryLog
@@ -46,7 +47,7 @@ from defender_client.replay import described
 from defender_client.report import RADII
 from defender_client.report import report as write_report
 from defender_client.scales import FULL
-from defender_client.sources import LiveOracle, RecordedRun
+from defender_client.sources import LiveOracle, LiveSource, RecordedRun, Source, source_of
 from defender_client.whitebox import WhiteBoxSource
 from shared.datasets import DatasetError
 from shared.models.manifest import MANIFEST_FILE
@@ -67,8 +68,25 @@ console = Console(highlight=False, soft_wrap=True)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 Preset = Annotated[str, typer.Argument(help="A preset's name (see `presets`) or a .toml file.", show_default=False)]
-OracleUrl = Annotated[str, typer.Option("--oracle", envvar=URL_VARIABLE, help="The oracle's address.")]
-MaybeOracleUrl = Annotated[str | None, typer.Option("--oracle", envvar=URL_VARIABLE, help="The oracle's address.")]
+_ORACLE_HELP = "The oracle's address; of one that is not ours, URL/v2/models/NAME, a .toml file or python:MODULE:NAME."
+OracleUrl = Annotated[str, typer.Option("--oracle", envvar=URL_VARIABLE, help=_ORACLE_HELP)]
+MaybeOracleUrl = Annotated[str | None, typer.Option("--oracle", envvar=URL_VARIABLE, help=_ORACLE_HELP)]
+Budget = Annotated[
+    int | None,
+    typer.Option("--budget", min=0, help="Queries that the run may spend in all, of an oracle that is not ours."),
+]
+Input = Annotated[str | None, typer.Option("--input", help="Short for --endpoint input=NAME.")]
+Output = Annotated[str | None, typer.Option("--output", help="Short for --endpoint output=NAME.")]
+EndpointSettings = Annotated[
+    list[str] | None,
+    typer.Option("--endpoint", help="How an oracle that is not ours is asked: key=value. Repeatable."),
+]
+LedgerKey = Annotated[
+    Path | None,
+    typer.Option(
+        "--ledger-key", envvar="LOCAL_LEDGER_KEY_FILE", help="File of the key that signs the run's own ledger."
+    ),
+]
 Ca = Annotated[
     Path | None,
     typer.Option("--ca", envvar="ORACLE_CA_FILE", help="PEM file of the authorities an https oracle is trusted by."),
@@ -120,11 +138,17 @@ def plan(
     settings: Settings = None,
     scale: Scale = FULL,
     ca: Ca = None,
+    budget: Budget = None,
+    input_name: Input = None,
+    output_name: Output = None,
+    endpoint: EndpointSettings = None,
     as_json: AsJson = False,
 ) -> None:
     """Queries, bytes and time a run will take, against the budget that is left. Exit code 3 if it cannot be paid."""
     with _reported_errors():
-        planned = jobs.plan_job(_config(preset, dataset, settings, scale), out, data, _live(oracle, ca))
+        config = _config(preset, dataset, settings, scale)
+        foreign = _Foreign(budget, _described_by(input_name, output_name, endpoint))
+        planned = jobs.plan_job(config, out, data, foreign.source(oracle, ca))
         if as_json:
             console.print_json(json.dumps(asdict(planned) | {"to_train": planned.to_train, "total": planned.total}))
         else:
@@ -162,11 +186,17 @@ def train(
     ca: Ca = None,
     record: Record = False,
     replay: ReplayedRun = None,
+    budget: Budget = None,
+    input_name: Input = None,
+    output_name: Output = None,
+    endpoint: EndpointSettings = None,
+    ledger_key: LedgerKey = None,
 ) -> None:
     """Train denoiser and encoder from the oracle's answers (`fo-*`: through --whitebox). Run it again to resume."""
     with _together() as ranks:
         config = _config(preset, dataset, settings, scale)
-        source = _source(context, oracle, ca, record, replay)
+        foreign = _Foreign(budget, _described_by(input_name, output_name, endpoint), ledger_key)
+        source = _source(context, oracle, ca, record, replay, foreign)
         box = _whitebox(whitebox, whitebox_model)
         trained = jobs.train_job(config, out, data, source, _announcing("run", source), box, ranks)
         console.print(f"trained stack in {trained.stack}; {trained.spent:,} queries spent by this run in all")
@@ -192,6 +222,11 @@ def certify(
     ca: Ca = None,
     record: Record = False,
     replay: ReplayedRun = None,
+    budget: Budget = None,
+    input_name: Input = None,
+    output_name: Output = None,
+    endpoint: EndpointSettings = None,
+    ledger_key: LedgerKey = None,
 ) -> None:
     """Certify the run's stack by randomized smoothing (Cohen et al. 2019); one row an image in certified.tsv."""
     with _together() as ranks:
@@ -205,7 +240,8 @@ def certify(
             "in_flight": in_flight,
         }
         changes = {name: value for name, value in changed.items() if value is not None}
-        source = _source(context, oracle, ca, record, replay)
+        foreign = _Foreign(budget, _described_by(input_name, output_name, endpoint), ledger_key)
+        source = _source(context, oracle, ca, record, replay, foreign)
         certified = jobs.certify_job(run, data, source, changes, _announcing("certification", source), ranks)
         table = Table("radius", "certified accuracy", box=None)
         for radius in certified.settings.radii if certified.settings.method == "sequential" else RADII:
@@ -272,15 +308,19 @@ def audit(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compare what the client counted with the server's ledger and metrics, or with an exported ledger.
+    """Compare what the client counted with the server's ledger and metrics, with an exported ledger, or, of an oracle
+    that is not ours, with the run's own.
 
     Exit code 1 if they differ, or if the exported ledger is not as it was signed.
     """
     with _reported_errors():
         key = read_key(public_key) if public_key else None
         result: Audit | LedgerAudit
+        local = check_one(runs or []) if ledger is None else None
         if ledger is not None:
             result = audit_file(ledger, key, runs or (), before)
+        elif local is not None:
+            result = audit_local(local, key, before)
         elif oracle is None or not runs or before is not None:
             raise ConfigError("name the runs and an oracle (--oracle), or an exported ledger (--ledger)")
         else:
@@ -424,28 +464,61 @@ def _api_key() -> str | None:
     return key or None
 
 
-def _live(url: str, ca: Path | None, record: bool = False) -> LiveOracle:
-    return LiveOracle(url, _api_key(), ca, record)
+def _live(url: str, ca: Path | None) -> LiveOracle:
+    return LiveOracle(url, _api_key(), ca)
+
+
+@dataclass(frozen=True)
+class _Foreign:
+    """The options of an oracle that is not ours."""
+
+    budget: int | None
+    changes: Mapping[str, Any]
+    key_file: Path | None = None
+
+    def source(self, oracle: str, ca: Path | None, record: bool = False) -> LiveSource:
+        return source_of(
+            oracle,
+            _api_key(),
+            ca,
+            record=record,
+            budget=self.budget,
+            changes=self.changes,
+            key_file=self.key_file,
+        )
+
+
+def _described_by(input_name: str | None, output_name: str | None, settings: list[str] | None) -> dict[str, Any]:
+    named = {"input": input_name, "output": output_name}
+    given = {name: value for name, value in named.items() if value is not None}
+    return configs.parse_settings(settings or (), "--endpoint") | given
 
 
 def _source(
-    context: typer.Context, url: str | None, ca: Path | None, record: bool, replay: Path | None
-) -> LiveOracle | RecordedRun:
+    context: typer.Context,
+    url: str | None,
+    ca: Path | None,
+    record: bool,
+    replay: Path | None,
+    foreign: _Foreign,
+) -> LiveSource | RecordedRun:
     """The oracle or the recording that a command names; ConfigError unless it names one of them."""
     if replay is None:
         if url is None:
             raise ConfigError(f"name an oracle by --oracle URL (or {URL_VARIABLE}), or a recorded run by --replay RUN")
-        return _live(url, ca, record)
+        return foreign.source(url, ca, record)
     # An address that only the environment names is there for other commands.
     named_by = context.get_parameter_source("oracle")
     if url is not None and named_by is not None and named_by.name == "COMMANDLINE":
         raise ConfigError("--oracle and --replay exclude each other: a replay asks no oracle")
     if record:
         raise ConfigError("--record and --replay exclude each other: a replay's answers are on record already")
+    if foreign.budget is not None or foreign.changes:
+        raise ConfigError("--budget and --endpoint are for an oracle that is asked: a replay asks none")
     return RecordedRun(replay)
 
 
-def _announcing(what: str, source: LiveOracle | RecordedRun) -> Callable[[Plan], None]:
+def _announcing(what: str, source: Source) -> Callable[[Plan], None]:
     """Says what a job (`run` or `certification`) will cost; of a replay, that it will not."""
 
     def announce(planned: Plan) -> None:
@@ -537,6 +610,11 @@ def attack(
     ca: Ca = None,
     record: Record = False,
     replay: ReplayedRun = None,
+    budget: Budget = None,
+    input_name: Input = None,
+    output_name: Output = None,
+    endpoint: EndpointSettings = None,
+    ledger_key: LedgerKey = None,
     as_json: AsJson = False,
 ) -> None:
     """Attack the run's stack in an l2 ball: PGD (Madry et al.) or Square Attack (Andriushchenko et al.)."""
@@ -553,7 +631,8 @@ def attack(
             "queries_per_image": queries_per_image,
         }
         changes = {name: value for name, value in changed.items() if value is not None}
-        source = _source(context, oracle, ca, record, replay)
+        foreign = _Foreign(budget, _described_by(input_name, output_name, endpoint), ledger_key)
+        source = _source(context, oracle, ca, record, replay, foreign)
         box = _whitebox(whitebox, whitebox_model)
         attacked = jobs.attack_job(run, data, source, changes, box, _announcing_attack(source))
         if as_json:
@@ -565,7 +644,7 @@ def attack(
             _print_attack(attacked)
 
 
-def _announcing_attack(source: LiveOracle | RecordedRun) -> Callable[[AttackPlan], None]:
+def _announcing_attack(source: Source) -> Callable[[AttackPlan], None]:
     """Says what an attack may cost; of a replay, that it will not."""
 
     def announce(planned: AttackPlan) -> None:

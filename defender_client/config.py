@@ -307,9 +307,7 @@ def load_preset(preset: str, settings: Sequence[str] = (), scale: str = FULL) ->
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"preset {preset} is not valid TOML: {error}") from None
     values |= {"preset": path.stem if path.suffix == ".toml" else preset, "scale": scale}
-    changes: dict[str, Any] = {}
-    for setting in settings:
-        _set(changes, setting)
+    changes = parse_settings(settings)
     merge(values, changes)  # for the data set, by which a scale goes
     for scaled in _scaled(scale, path, values):
         merge(values, scaled)
@@ -328,10 +326,22 @@ def _scaled(scale: str, preset: Path, values: Mapping[str, Any]) -> Iterable[dic
     return changes_of(scale, values["preset"], dataset)
 
 
-def _set(values: dict[str, Any], setting: str) -> None:
+def parse_settings(settings: Iterable[str], option: str = "--set") -> dict[str, Any]:
+    """`section.key=value` of an option that is given any number of times, as nested values.
+
+    Raises:
+        ConfigError: one has no value, or no section where it names one.
+    """
+    values: dict[str, Any] = {}
+    for setting in settings:
+        _set(values, setting, option)
+    return values
+
+
+def _set(values: dict[str, Any], setting: str, option: str) -> None:
     key, equals, text = setting.partition("=")
     if not equals or not key:
-        raise ConfigError(f"--set takes section.key=value, not '{setting}'")
+        raise ConfigError(f"{option} takes section.key=value, not '{setting}'")
     try:
         value = json.loads(text)
     except ValueError:
@@ -341,7 +351,7 @@ def _set(values: dict[str, Any], setting: str) -> None:
     for section in sections:
         target = target.setdefault(section, {})
         if not isinstance(target, dict):
-            raise ConfigError(f"--set {setting}: '{section}' is not a section")
+            raise ConfigError(f"{option} {setting}: '{section}' is not a section")
     target[last] = value
 
 
@@ -349,11 +359,16 @@ def _validated(values: Mapping[str, Any]) -> RunConfig:
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        lines = []
-        for problem in error.errors(include_url=False):
-            where = ".".join(str(part) for part in problem["loc"])
-            lines.append(f"{where}: {problem['msg']}" if where else problem["msg"])
-        raise ConfigError("configuration: " + "; ".join(lines)) from None
+        raise ConfigError("configuration: " + problems(error)) from None
+
+
+def problems(error: ValidationError) -> str:
+    """What a validation found, in one line."""
+    lines = []
+    for problem in error.errors(include_url=False):
+        where = ".".join(str(part) for part in problem["loc"])
+        lines.append(f"{where}: {problem['msg']}" if where else problem["msg"])
+    return "; ".join(lines)
 
 
 def save(config: RunConfig, run: Path) -> None:

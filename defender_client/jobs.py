@@ -36,7 +36,7 @@ from defender_client.pretrain import PRETRAINED_FILE
 from defender_client.pretrain import pretrain as run_pretraining
 from defender_client.ranks import ALONE, Ranks
 from defender_client.run_directory import check_identity, locked
-from defender_client.sources import LiveOracle, Source
+from defender_client.sources import LiveSource, Source
 from defender_client.train import STACK_FILE, check_whitebox
 from defender_client.train import train as run_training
 from defender_client.whitebox import WhiteBoxSource, load_whitebox
@@ -65,12 +65,12 @@ class Certified:
     settings: CertifyConfig
 
 
-def plan_job(config: RunConfig, run: Path | None, data: Path | None, source: LiveOracle) -> Plan:
+def plan_job(config: RunConfig, run: Path | None, data: Path | None, source: LiveSource) -> Plan:
     """The cost of what is left of a run (`run` None: of one that has not started); asks nothing that costs a query."""
     if run is not None and (run / configs.CONFIG_FILE).exists():
         configs.save(config, run)  # which checks that it is the run's own
         config = config.model_copy(update={"certify": configs.certify_settings(config, run, {})})
-    with source.connect() as oracle:
+    with source.connect(run) as oracle:
         splits = load_splits(config.data, data, config.seed)
         check_fit(splits.train, oracle.info.image_shape)
         sizes = (len(splits.train), len(splits.validation), len(load_test(config.data, data)))

@@ -64,7 +64,7 @@ def match(logged: Mapping[str, LoggedRequest], charged: Mapping[str, int]) -> Ma
     lost = 0
     for key, request in logged.items():
         on_ledger = left.pop(key, 0)
-        if request.charged is None and not request.refused and on_ledger:
+        if request.lost or (request.charged is None and not request.refused and on_ledger):
             lost += 1
         purposes[request.purpose] += on_ledger if request.charged is None else request.charged
         if request.charged is None and on_ledger not in (0, request.rows):

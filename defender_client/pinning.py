@@ -31,7 +31,7 @@ class Pin(BaseModel):
     public_key: str
 
 
-def pin(run: Path, statement: LedgerStatement | None) -> None:
+def pin(run: Path, statement: LedgerStatement | Pin | None) -> None:
     """Keep what a server says of its ledger, or compare it with what was kept; without a ledger nothing is kept.
 
     Raises:

@@ -37,7 +37,8 @@ class PlanUnaffordable(Exception):
     def __init__(self, needed: int, remaining: int, what: str) -> None:
         super().__init__(
             f"{what} needs {needed:,} queries and the budget has {remaining:,} left ({needed - remaining:,} too few): "
-            "ask the operator for more (oracle-server clients set-budget), or make the run smaller"
+            "ask the operator for more (oracle-server clients set-budget; of an oracle that is not ours, --budget), or "
+            "make the run smaller"
         )
         self.needed, self.remaining = needed, remaining
 
@@ -226,7 +227,7 @@ def _paid(run: Path | None, oracle: Oracle) -> dict[str, int]:
     if run is None or not log_files(run):
         return {}
     log = QueryLog.of_run(run)
-    paid = Counter({request.key: request.charged for request in log.requests.values() if request.charged})
+    paid = Counter({asked.key: asked.charged for asked in log.requests.values() if asked.charged and not asked.lost})
     lost = {request.key for request in log.unanswered}
     if lost:
         with suppress(NotFound):  # a server that keeps no ledger

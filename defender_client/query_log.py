@@ -36,7 +36,7 @@ class LoggedRequest:
     """A request as the client knows it. `charged` is None while no answer was read; a replay is charged 0.
 
     `receipt` is the last Query-Receipt as it came, or None: its form is the server's own, and a proxy may
-    strip it.
+    strip it. `lost`: it is paid, and no answer will ever be had for it (of a foreign oracle).
     """
 
     key: str
@@ -47,6 +47,7 @@ class LoggedRequest:
     bytes_up: int = 0
     bytes_down: int = 0
     receipt: str | None = None
+    lost: bool = False
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,10 @@ class QueryLog:
         with self._lock:
             total = self._settled(key, charged)
             self._append({"key": key, "charged": total, "receipt": receipt, "up": bytes_up, "down": bytes_down})
+
+    def lost(self, key: str, rows: int, *, receipt: str | None, bytes_up: int) -> None:
+        """A request was paid, and its answer never came or could not be used; asked again, it is another request."""
+        self._append({"key": key, "charged": rows, "receipt": receipt, "up": bytes_up, "down": 0, "lost": True})
 
     def total_after(self, key: str, charged: int) -> int:
         """What `total` will be once `answered` was told of this charge."""
@@ -264,6 +269,7 @@ class QueryLog:
         self.charged[request.purpose] += charged - (request.charged or 0)
         request.charged = charged
         request.receipt = line["receipt"] or request.receipt
+        request.lost = line.get("lost") is True
         request.bytes_up += up
         request.bytes_down += down
 

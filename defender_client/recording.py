@@ -32,8 +32,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field, NonNegativeInt, TypeAdapter, ValidationError
 
+from defender_client import request_key
 from defender_client.oracle import OracleInfo
 from defender_client.query_log import QueryLog, log_files
+from defender_client.questions import Question
 from defender_client.request_key import RequestKey
 
 ANSWERS_FILE = "answers.bin"
@@ -133,25 +135,35 @@ class Recorder:
                 self._append(_OracleHeader(info=info), b"")
                 self._described = info
 
-    def keep(self, key: str, scores: NDArray[np.float32], cost: int) -> None:
-        """Keep an answer: scores [n, k], and the queries that the run has paid in all, these included."""
+    def keep(self, key: str, scores: NDArray[np.float32], cost: int) -> RecordedAnswer | None:
+        """Keep an answer: scores [n, k], and the queries that the run has paid in all, these included.
+
+        Returns where it stands, if the oracle was described.
+        """
         payload = np.ascontiguousarray(scores, _FLOAT32).tobytes()
         rows, classes = scores.shape
         sha256 = hashlib.sha256(payload).hexdigest()
-        self._append(_AnswerHeader(key=key, rows=rows, classes=classes, sha256=sha256, cost=cost), payload)
+        with self._lock:
+            end = self._append(_AnswerHeader(key=key, rows=rows, classes=classes, sha256=sha256, cost=cost), payload)
+            if self._described is None:
+                return None
+            place = end - len(payload)
+            return RecordedAnswer(RequestKey.parse(key), rows, classes, cost, self._described, place, sha256)
 
     def close(self) -> None:
         """Close the file."""
         with self._lock:
             self._file.close()
 
-    def _append(self, header: BaseModel, payload: bytes) -> None:
+    def _append(self, header: BaseModel, payload: bytes) -> int:
+        """Add a record; returns where it ends."""
         head = header.model_dump_json().encode()
         lengths = _LENGTHS.pack(_MAGIC, len(head), len(payload), zlib.crc32(head))
         with self._lock:
             self._file.write(lengths + _CHECK.pack(zlib.crc32(lengths)) + head + payload)
             # To the operating system: it survives this process, which is what can be killed.
             self._file.flush()
+            return self._file.tell()
 
 
 class Recording:
@@ -193,15 +205,35 @@ class Recording:
 
     def _index(self, header: _AnswerHeader, info: OracleInfo, offset: int) -> None:
         key = RequestKey.parse(header.key)
-        by_digest = self._answers.setdefault(key.label, {})
-        by_digest.pop(key.digest, None)
-        by_digest[key.digest] = RecordedAnswer(
-            key, header.rows, header.classes, header.cost, info, offset, header.sha256
-        )
+        self.add(RecordedAnswer(key, header.rows, header.classes, header.cost, info, offset, header.sha256))
+
+    def add(self, answer: RecordedAnswer | None) -> None:
+        """An answer that was recorded since this was opened."""
+        if answer is not None:
+            by_digest = self._answers.setdefault(answer.key.label, {})
+            by_digest.pop(answer.key.digest, None)
+            by_digest[answer.key.digest] = answer
+
+    def find(self, question: Question, label: str) -> RecordedAnswer | None:
+        """The newest answer under `label` to the first of these rows, however many it took; None if there is none."""
+        digests: dict[int, str] = {}
+        for answer in self.answers(label):
+            if answer.rows > len(question) or (answer.rows == 0 and len(question)):
+                continue
+            if answer.rows not in digests:
+                first = question if answer.rows == len(question) else question.take(0, answer.rows)
+                digests[answer.rows] = request_key.digest(first.encode(answer.oracle.output_name))
+            if digests[answer.rows] == answer.key.digest:
+                return answer
+        return None
 
     def answers(self, label: str) -> list[RecordedAnswer]:
         """The answers recorded under a label, the newest first."""
         return list(reversed(self._answers.get(label, {}).values()))
+
+    def keys(self) -> list[str]:
+        """The key of every answer."""
+        return [str(answer.key) for answers in self._answers.values() for answer in answers.values()]
 
     def read(self, answer: RecordedAnswer) -> NDArray[np.float32]:
         """An answer's scores [rows, classes]; RecordingDamaged if they are not what was written."""
@@ -215,8 +247,12 @@ class Recording:
         missing: Counter[str] = Counter()
         if log_files(self.run):
             for request in QueryLog.of_run(self.run).requests.values():
-                key = RequestKey.parse(request.key)
-                if request.charged is not None and key.digest not in self._answers.get(key.label, {}):
+                key = RequestKey.parse(request.key).first
+                if (
+                    request.charged is not None
+                    and not request.lost
+                    and key.digest not in self._answers.get(key.label, {})
+                ):
                     missing[request.purpose] += 1
         return missing
 

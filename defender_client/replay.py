@@ -13,7 +13,6 @@ from typing import NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from defender_client import request_key
 from defender_client.oracle import OracleInfo
 from defender_client.query_log import QueryLog, ReplayedAnswer
 from defender_client.questions import Images, Question
@@ -86,17 +85,10 @@ class Replay:
 
     def _find(self, question: Question, label: str) -> RecordedAnswer:
         """The newest answer under `label` to the first of these rows, however many it took."""
-        recorded = self._recording.answers(label)
-        digests: dict[int, str] = {}
-        for answer in recorded:
-            if answer.rows > len(question) or (answer.rows == 0 and len(question)):
-                continue
-            if answer.rows not in digests:
-                first = question if answer.rows == len(question) else question.take(0, answer.rows)
-                digests[answer.rows] = request_key.digest(first.encode(answer.oracle.output_name))
-            if digests[answer.rows] == answer.key.digest:
-                return answer
-        self._refuse(label, other_images=bool(recorded))
+        answer = self._recording.find(question, label)
+        if answer is None:
+            self._refuse(label, other_images=bool(self._recording.answers(label)))
+        return answer
 
     def _refuse(self, label: str, *, other_images: bool) -> NoReturn:
         what = f"an answer to '{label}' for other images only" if other_images else f"no answer to '{label}'"

@@ -1,21 +1,27 @@
-"""Where a job's answers come from: an oracle that is asked, or the recording of a run that asked it."""
+"""Where a job's answers come from: an oracle that is asked, ours or a foreign one, or the recording of a run that asked
+it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+from defender_client.endpoint import Endpoint, PythonEndpoint, V2Endpoint, described
 from defender_client.errors import ConfigError
+from defender_client.foreign import Asker, ForeignOracle, PlannedOracle
+from defender_client.foreign_callable import ForeignCallable
+from defender_client.local_ledger import Asked, LocalLedger, local_statement
 from defender_client.oracle import Oracle
-from defender_client.oracle_client import RemoteOracle
+from defender_client.oracle_client import RemoteOracle, asker, keeps_a_ledger
 from defender_client.pinning import pin
 from defender_client.query_log import LOG_FILE, QueryLog, log_file, log_files
 from defender_client.ranks import ALONE, Ranks
 from defender_client.recording import ANSWERS_FILE, Recorder, Recording
 from defender_client.replay import Replay
+from shared.wire import protocol
 
 
 class Source(Protocol):
@@ -29,9 +35,16 @@ class Source(Protocol):
         """
 
 
+class LiveSource(Source, Protocol):
+    """A source that can also be asked about its shapes and its account outside of any run."""
+
+    def connect(self, run: Path | None = None) -> AbstractContextManager[Oracle]:
+        """The oracle until the block ends; `run` is a run that may have begun, whose account it is."""
+
+
 @dataclass(frozen=True)
 class LiveOracle:
-    """An oracle behind HTTP.
+    """An oracle of ours, behind HTTP.
 
     Attributes:
         url: the server's address.
@@ -45,7 +58,7 @@ class LiveOracle:
     ca: Path | None = None
     record: bool = False
 
-    def connect(self) -> RemoteOracle:
+    def connect(self, run: Path | None = None) -> RemoteOracle:
         """The oracle outside of any run."""
         return RemoteOracle(self.url, self.api_key, ca=self.ca)
 
@@ -64,6 +77,110 @@ class LiveOracle:
             )
             pin(run, oracle.ledger())
             yield oracle
+
+
+@dataclass(frozen=True)
+class ForeignSource:
+    """An oracle that is not ours.
+
+    Attributes:
+        endpoint: how it is asked.
+        api_key: sent as `Authorization: Bearer`; None for an endpoint that asks for none.
+        budget: queries that a run may spend in all; None for what its ledger says.
+        ca: PEM file of the authorities to trust, for a server with a private one.
+        key_file: of the key that signs the ledger; None for one in the run's directory.
+    """
+
+    endpoint: Endpoint
+    api_key: str | None = field(repr=False, default=None)
+    budget: int | None = None
+    ca: Path | None = None
+    key_file: Path | None = None
+
+    def connect(self, run: Path | None = None) -> PlannedOracle:
+        """The oracle outside of any run, with the account that `run` has, or will begin with."""
+        kept = local_statement(run) if run is not None else None
+        spent, budget = (kept.spent, kept.budget) if kept is not None else (0, None)
+        budget = self.budget if self.budget is not None else budget
+        statement = None
+        if budget is not None:
+            left = max(0, budget - spent)
+            statement = protocol.BudgetStatement(client=self.endpoint.name, budget=budget, spent=spent, remaining=left)
+        return PlannedOracle(self._asker(), statement)
+
+    @contextmanager
+    def open(self, run: Path, run_id: str, ranks: Ranks = ALONE) -> Iterator[ForeignOracle]:
+        """The oracle for a run, with its ledger, log and recording in the run's directory."""
+        if not ranks.alone:
+            raise ConfigError(
+                "the ledger of an oracle that is not ours is one process's to write: start the run without torchrun"
+            )
+        with ExitStack() as stack:
+            asked = Asked(self.endpoint.name, self.endpoint.identity)
+            speaking = stack.enter_context(closing(self._asker()))
+            ledger = stack.enter_context(closing(LocalLedger(run, asked, self.budget, self.key_file)))
+            log = stack.enter_context(closing(QueryLog(run / LOG_FILE)))
+            yield stack.enter_context(ForeignOracle(speaking, ledger, log, run, run_id))
+
+    def _asker(self) -> Asker:
+        if isinstance(self.endpoint, PythonEndpoint):
+            return ForeignCallable(self.endpoint)
+        return asker(self.endpoint, self.api_key, self.ca)
+
+
+@dataclass(frozen=True)
+class ServerAt:
+    """The server at an address: whether it is one of ours, it must say itself. Attributes as of the two that it may be;
+    `changes` are values of a foreign endpoint's description."""
+
+    url: str
+    api_key: str | None = field(repr=False)
+    ca: Path | None = None
+    record: bool = False
+    budget: int | None = None
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    key_file: Path | None = None
+
+    def connect(self, run: Path | None = None) -> AbstractContextManager[Oracle]:
+        """The oracle outside of any run."""
+        return self._settled().connect(run)
+
+    def open(self, run: Path, run_id: str, ranks: Ranks = ALONE) -> AbstractContextManager[Oracle]:
+        """The oracle for a run."""
+        return self._settled().open(run, run_id, ranks)
+
+    def _settled(self) -> LiveSource:
+        if not keeps_a_ledger(self.url, self.api_key, self.ca):
+            values = {"url": self.url, "model": protocol.MODEL_NAME, **self.changes}
+            endpoint = V2Endpoint.model_validate(values)
+            return ForeignSource(endpoint, self.api_key, self.budget, self.ca, self.key_file)
+        if self.budget is not None or self.changes:
+            raise ConfigError(
+                f"{self.url} keeps a ledger and says itself how it is asked: leave --budget, --input, --output and "
+                "--endpoint out"
+            )
+        return LiveOracle(self.url, self.api_key, self.ca, self.record)
+
+
+def source_of(
+    oracle: str,
+    api_key: str | None,
+    ca: Path | None = None,
+    *,
+    record: bool = False,
+    budget: int | None = None,
+    changes: Mapping[str, Any] | None = None,
+    key_file: Path | None = None,
+) -> LiveSource:
+    """The oracle that `--oracle` names: an address, a description's file, or python:MODULE:NAME; nothing is asked yet.
+
+    Raises:
+        ConfigError: it names none.
+    """
+    endpoint = described(oracle, changes or {})
+    if endpoint is None:
+        return ServerAt(oracle, api_key, ca, record, budget, changes or {}, key_file)
+    return ForeignSource(endpoint, api_key, budget, ca, key_file)
 
 
 @dataclass(frozen=True)

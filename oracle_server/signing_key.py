@@ -1,21 +1,11 @@
-"""The ledger's private key, in a file that only its owner may read (PKCS 8, PEM)."""
+"""The key that signs the server's ledger: its file, with the ledger's errors."""
 
 from __future__ import annotations
 
-import os
-import secrets
 from pathlib import Path
 
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    NoEncryption,
-    PrivateFormat,
-    load_pem_private_key,
-)
-
 from oracle_server.database import LedgerError
+from shared.audit import key_file
 from shared.audit.signatures import Signer
 
 
@@ -26,15 +16,9 @@ def load_signer(path: Path) -> Signer | None:
         LedgerError: the file is not an Ed25519 private key, or cannot be read.
     """
     try:
-        key = load_pem_private_key(path.read_bytes(), password=None)
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is not an unencrypted private key in PEM"
-        raise LedgerError(f"the signing key {path} cannot be read: {why}") from None
-    if not isinstance(key, Ed25519PrivateKey):
-        raise LedgerError(f"the signing key {path} is not an Ed25519 key: make one with 'openssl genpkey'")
-    return Signer(key)
+        return key_file.load_signer(path)
+    except key_file.KeyFileError as error:
+        raise LedgerError(str(error)) from None
 
 
 def create_signer(path: Path) -> Signer:
@@ -45,33 +29,7 @@ def create_signer(path: Path) -> Signer:
     Raises:
         LedgerError: the file cannot be written.
     """
-    key = Ed25519PrivateKey.generate()
-    pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(pem)
-                file.flush()
-                os.fsync(file.fileno())
-            os.link(temporary, path)  # unlike a rename, it never replaces another's key
-        finally:
-            temporary.unlink()
-        _sync_directory(path.parent)
-    except FileExistsError:
-        pass
-    except OSError as error:
-        raise LedgerError(f"the signing key {path} cannot be written: {error.strerror}") from None
-    signer = load_signer(path)
-    if signer is None:
-        raise LedgerError(f"the signing key {path} was removed while it was made")
-    return signer
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        return key_file.create_signer(path)
+    except key_file.KeyFileError as error:
+        raise LedgerError(str(error)) from None

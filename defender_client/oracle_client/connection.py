@@ -11,9 +11,18 @@ import httpx
 
 from defender_client.config import ConfigError
 from defender_client.oracle_client.retrying import OUR_FAULT, RETRY_STATUSES, Retrier
+from defender_client.paying import Paying
 from shared.version import VERSION
 from shared.wire.codec import Encoded
-from shared.wire.errors import InternalError, OracleError, RequestInFlight, Unauthorized, Unavailable
+from shared.wire.errors import (
+    InternalError,
+    OracleError,
+    RequestInFlight,
+    RequestTimeout,
+    Unauthorized,
+    Unavailable,
+    UnexpectedAnswer,
+)
 
 _CHUNK = 256 * 1024
 # After these nobody knows whether the request was charged: it is being answered, a proxy lost the answer, the server
@@ -37,11 +46,12 @@ class Connection:
         api_key: sent as `Authorization: Bearer`; None for a server that asks for none.
         retrier: how long to keep at a request.
         ca: PEM file of the authorities to trust instead of the usual ones; None for the usual ones.
+        secrets: further headers, kept as secret as the key.
         transport: an httpx transport, for tests.
 
     Raises:
         OracleUnreachable: `url` is not an address of a server.
-        Unauthorized: `api_key` cannot be one.
+        Unauthorized: `api_key`, or a secret, cannot be one.
         ConfigError: `ca` holds no certificate.
     """
 
@@ -52,6 +62,7 @@ class Connection:
         retrier: Retrier,
         *,
         ca: Path | None = None,
+        secrets: Mapping[str, str] | None = None,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
         headers = {"User-Agent": f"zo-defense/{VERSION}"}
@@ -63,6 +74,10 @@ class Connection:
                 # Not shown, and not left to httpx, whose complaint would show it.
                 raise Unauthorized("the API key holds a character that no key has, such as a space or a line's end")
             headers["Authorization"] = f"Bearer {api_key}"
+        for name, value in (secrets or {}).items():
+            if not re.fullmatch(r"[!-~]([ -~]*[!-~])?", value):
+                raise Unauthorized(f"the value for the header {name} holds a character that no header has")
+            headers[name] = value
         verify = True if ca is None else _trusting(ca)
         try:
             self._http = httpx.Client(
@@ -105,6 +120,35 @@ class Connection:
                 raise
             if response.status_code in _UNKNOWN_STATUSES:
                 in_doubt()
+            return response
+
+        return self._answered(send)
+
+    def post_paid(self, route: str, encoded: Encoded, headers: Mapping[str, str], paying: Paying) -> httpx.Response:
+        """A successful answer of a server that knows no Idempotency-Keys: every attempt is paid for by itself.
+
+        The server's own failure (500) is not tried again: it would cost again, and probably fail again.
+
+        Raises:
+            BudgetExhausted: the budget does not cover another attempt.
+            AnswersLost: too many got no answer.
+            OracleError: a refusal.
+        """
+
+        def send() -> httpx.Response:
+            with paying.attempt() as attempt:
+                attempt.bytes_up = encoded.size
+                try:
+                    response = self._http.post(route, content=_stream(encoded), headers=headers)
+                except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, *OUR_FAULT):
+                    attempt.free = "not-sent"
+                    raise
+                attempt.answered = response.is_success
+                attempt.bytes_down = len(response.content)
+                if response.is_client_error and response.status_code not in _UNKNOWN_STATUSES | {RequestTimeout.status}:
+                    attempt.free = f"refused-{response.status_code}"
+            if response.status_code == InternalError.status:
+                raise UnexpectedAnswer(f"the server failed (HTTP status 500): {response.text[:500]}")
             return response
 
         return self._answered(send)

@@ -35,6 +35,7 @@ from defender_client.query_log import QueryLog
 from defender_client.questions import HEADER_BYTES, Images, Question
 from defender_client.recording import Recorder
 from defender_client.request_key import RequestKey
+from defender_client.under_way import UnderWay
 from shared.measurements import Measurement
 from shared.wire import codec, protocol
 from shared.wire.errors import (
@@ -106,7 +107,7 @@ class RemoteOracle:
         self._books = threading.Lock()  # what is recorded of an answer and what is logged of it belong together
         self._trial = threading.Lock()  # for a batch larger than any that was answered
         self._largest = 0
-        self._under_way = _UnderWay()
+        self._under_way = UnderWay()
         self._decoders: dict[str, bytes] = {}  # registered ones, by id
 
     # --- what the oracle says of itself; none of this costs a query ---
@@ -402,42 +403,6 @@ class _Batch:
     @property
     def rows(self) -> int:
         return len(self.question)
-
-
-class _UnderWay:
-    """The requests being made: a context for each."""
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._count = 0
-        self._ended = False
-        self._least: int | None = None
-
-    def __enter__(self) -> None:
-        with self._changed:
-            if self._ended:
-                raise RuntimeError("the oracle was closed: it cannot be asked any more")
-            if self._count == 0:
-                self._least = None
-            self._count += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._changed:
-            self._count -= 1
-            self._changed.notify_all()
-
-    def least(self, left: int) -> int:
-        """The smallest such number since requests have been under way: answers may come in another order than their
-        charges were made."""
-        with self._changed:
-            self._least = left if self._least is None else min(left, self._least)
-            return self._least
-
-    def end(self, seconds: float) -> None:
-        """Let none begin any more, and wait, so long at most, until there is none."""
-        with self._changed:
-            self._ended = True
-            self._changed.wait_for(lambda: self._count == 0, seconds)
 
 
 def _read_info(url: str, metadata: protocol.ModelMetadata) -> OracleInfo:

@@ -8,6 +8,14 @@
 `client` is null where every entry is shown, else the id of the one client whose entries are. Each line has one spelling
 (`chain.canonical_json`) and ends with a line feed, so that a change of any byte is a change. Cutting lines off the end
 takes the signed end away; an older end that somebody kept fits an older ledger only, and `history` tells the two apart.
+
+A ledger that its owner keeps as a file and only adds to has no last line, and a signed end in every line instead:
+
+    {"client":null,"format":"zo-defense-local-ledger/1",...}    the first line
+    {"entry":{...},"hash":...,"signature":...}                  an entry, and the end of the chain as of then, signed
+
+Lines cut off its end leave an older signed end: what else a run has kept (receipts, answers) tells. A line without a
+line feed at its very end was being written when the writer died, and is no part of it.
 """
 
 from __future__ import annotations
@@ -19,10 +27,11 @@ from typing import Any
 
 from shared.audit.accounts import Accounts
 from shared.audit.chain import DIGEST_BYTES, Entry, canonical_json, genesis, read_entry
-from shared.audit.signatures import Head, SignedHead, bytes_of
+from shared.audit.signatures import Head, SignatureInvalid, SignedHead, bytes_of
 from shared.audit.verifier import Verifier
 
 FORMAT = "zo-defense-ledger/1"
+LOCAL_FORMAT = "zo-defense-local-ledger/1"
 
 
 class NotALedger(ValueError):
@@ -59,6 +68,16 @@ class Examined:
 def first_line(ledger: str, public_key: str, client: int | None = None) -> str:
     """The line that says which ledger it is, and whose entries are shown."""
     return _line({"format": FORMAT, "ledger": ledger, "public_key": public_key, "client": client})
+
+
+def local_first_line(ledger: str, public_key: str) -> str:
+    """The line that says which ledger a file is that only grows."""
+    return _line({"format": LOCAL_FORMAT, "ledger": ledger, "public_key": public_key, "client": None})
+
+
+def local_line(entry: Entry, signed: SignedHead) -> str:
+    """An entry of such a file, with the end of the chain that it made; the head's `at` is the entry's."""
+    return _line({"entry": entry.fields(), "hash": signed.head.hash, "signature": signed.signature})
 
 
 def entry_line(entry: Entry, kept_hash: str) -> str:
@@ -99,8 +118,9 @@ class _Examination:
         self._findings: list[str] = []
         try:
             fields = json.loads(first)
-            if fields["format"] != FORMAT:
+            if fields["format"] not in (FORMAT, LOCAL_FORMAT):
                 raise ValueError
+            self._local = fields["format"] == LOCAL_FORMAT
             self._ledger, self._client = fields["ledger"], fields["client"]
             self._verifier = Verifier(self._ledger, public_key)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
@@ -109,14 +129,17 @@ class _Examination:
             self._findings.append("line 1 is not one that was exported")
         if fields.get("public_key") != public_key.hex():
             self._findings.append("the file names another public key than the one it is checked with")
+        self._public_key = public_key
         self._entries = self._hidden = 0
         self._hashes = {0: genesis(self._ledger, public_key).hex()}
         self._shown: dict[int, Entry] = {}
         self._head: Head | None = None
 
     def take(self, number: int, line: bytes) -> None:
+        if self._local and not line.endswith(b"\n"):
+            return
         try:
-            if self._head is not None:
+            if self._head is not None and not self._local:
                 raise ValueError("it stands after the signed end")
             fields = json.loads(line)
             if not isinstance(fields, dict) or not _spelled(fields, line):
@@ -143,6 +166,12 @@ class _Examination:
 
     def _one(self, fields: dict[str, Any]) -> None:
         match sorted(fields):
+            case ["entry", "hash", "signature"] if self._local:
+                entry, kept_hash = read_entry(fields["entry"]), _digest(fields, "hash")
+                self._entry(entry, kept_hash)
+                self._head = self._signed(entry, kept_hash, fields["signature"])
+            case names if self._local:
+                raise ValueError(f"no line has the names {', '.join(names)}")
             case ["entry", "hash"]:
                 self._entry(read_entry(fields["entry"]), _digest(fields, "hash"))
             case ["hash", "leaf", "seq"]:
@@ -160,6 +189,14 @@ class _Examination:
         self._verifier.take(entry, kept_hash)
         self._count(entry.seq, kept_hash)
         self._shown[entry.seq] = entry
+
+    def _signed(self, entry: Entry, kept_hash: str, signature: str) -> Head:
+        head = Head(self._ledger, entry.seq, kept_hash, entry.at)
+        try:
+            SignedHead(head, signature).verify(self._public_key)
+        except SignatureInvalid as invalid:
+            self._findings.append(f"entry {entry.seq}: {invalid}")
+        return head
 
     def _redacted(self, seq: object, leaf: str, kept_hash: str) -> None:
         if type(seq) is not int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Final, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 MODEL_NAME: Final = "classifier"
 MODEL_VERSION: Final = "1"
@@ -121,14 +121,24 @@ class InferRequestHeader(Message):
     outputs: tuple[RequestedOutput, ...] = ()
 
 
+# KServe's own server sends null for parameters that it has not.
+_Parameters = Annotated[dict[str, Any], BeforeValidator(lambda value: {} if value is None else value)]
+
+
+class AnsweredTensorHeader(TensorHeader):
+    """One tensor of an answer."""
+
+    parameters: _Parameters = Field(default_factory=dict)
+
+
 class InferResponseHeader(Message):
     """The JSON part of an inference response."""
 
     model_name: str = ""
     model_version: str | None = None
     id: str | None = None
-    parameters: dict[str, Any] = Field(default_factory=dict)
-    outputs: tuple[TensorHeader, ...]
+    parameters: _Parameters = Field(default_factory=dict)
+    outputs: tuple[AnsweredTensorHeader, ...]
 
 
 class TensorMetadata(Message):
