@@ -10,7 +10,6 @@ import math
 import os
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,6 +28,7 @@ from pydantic import (
 
 from defender_client import zo
 from defender_client.errors import ConfigError as ConfigError  # everybody finds it here
+from defender_client.preset_files import preset_names, preset_text
 from defender_client.scales import FULL, changes_of, merge
 from shared import datasets
 from shared.augmentation import Augmentation
@@ -273,12 +273,6 @@ class RunConfig(_Section):
         return self
 
 
-def preset_names() -> list[str]:
-    """Presets shipped with the package."""
-    folder = resources.files("defender_client") / "presets"
-    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
-
-
 def load_preset(preset: str, settings: Sequence[str] = (), scale: str = FULL) -> RunConfig:
     """A configuration from a preset, what a scale changes in it, and `--set` changes.
 
@@ -299,7 +293,7 @@ def load_preset(preset: str, settings: Sequence[str] = (), scale: str = FULL) ->
         except UnicodeDecodeError as error:
             raise ConfigError(f"preset {preset} is not valid TOML: {error}") from None
     elif preset in preset_names():
-        text = (resources.files("defender_client") / "presets" / f"{preset}.toml").read_text(encoding="utf-8")
+        text = preset_text(preset)
     else:
         raise ConfigError(f"no preset is called '{preset}': choose one of {', '.join(preset_names())}, or a .toml file")
     try:

@@ -248,12 +248,6 @@ ALONE = Ranks()
 """One process, as without torchrun."""
 
 
-def name(environment: Mapping[str, str] | None = None) -> str:
-    """What this process is called before its messages: "rank 1: ", or nothing where there is one."""
-    environment = os.environ if environment is None else environment
-    return f"rank {environment.get('RANK', '?')}: " if _size(environment) > 1 else ""
-
-
 @contextmanager
 def together() -> Iterator[Ranks]:
     """The ranks that torchrun's environment names, until the block ends; `ALONE` where it names none.

@@ -438,18 +438,33 @@ def verify(
     public_key: Annotated[
         str | None, typer.Option("--public-key", help="64 hexadecimal digits. [default: the signing key's own]")
     ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Check every entry, the hash chain, its signature and every account; exit code 1 and what is wrong if not."""
     with _ledger(ledger, signing_key) as opened, _one_line(SignatureInvalid):
         trusted = read_public_key(public_key) if public_key else None
         found = opened.verify(trusted)
+    accounts = [account for account in found.accounts.clients.values() if account.role == CLIENT]
+    if as_json:
+        told = {
+            "intact": found.intact,
+            "findings": [str(finding) for finding in found.findings],
+            "entries": found.entries,
+            "clients": len(accounts),
+            "queries": sum(account.spent for account in accounts),
+            "charges": found.accounts.charges,
+            "in_flight": len(found.accounts.open),
+        }
+        typer.echo(json.dumps(told))
+        if not found.intact:
+            raise typer.Exit(1)
+        return
     for finding in found.findings[:_MOST_FINDINGS]:
         typer.echo(finding, err=True)
     if len(found.findings) > _MOST_FINDINGS:
         typer.echo(f"... and {len(found.findings) - _MOST_FINDINGS} more", err=True)
     if not found.intact:
         raise typer.Exit(1)
-    accounts = [account for account in found.accounts.clients.values() if account.role == CLIENT]
     typer.echo(
         f"the ledger is as it was written: {found.entries} entries, chained and signed; {len(accounts)} clients, "
         f"{sum(account.spent for account in accounts)} queries in {found.accounts.charges} charges, "

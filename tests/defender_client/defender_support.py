@@ -305,7 +305,9 @@ class FakeTime:
 
 # Forked from a process that has imported everything once: as real as any other, and there at once.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["defender_client.cli", "oracle_server.app", "oracle_server.cli", "torchvision"])
+_context.set_forkserver_preload(
+    ["defender_client.exits", "defender_client.printing", "oracle_server.app", "oracle_server.cli", "torchvision"]
+)
 
 
 def _command(package: str, arguments: list[str], environment: dict[str, str], output: str) -> None:

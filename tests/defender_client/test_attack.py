@@ -18,8 +18,8 @@ from pyautoattack.square import SquareAttack
 from torch import Tensor, nn
 from typer.testing import CliRunner, Result
 
-from defender_client import cli
 from defender_client import config as configs
+from defender_client import printing
 from defender_client import stack as stacks
 from defender_client.attack import HEADER, Row, attack, craft, read, summary
 from defender_client.cli import app
@@ -381,7 +381,7 @@ def test_the_command_says_what_it_spends_and_what_it_found(
     assert "this attack will spend at most 16 queries (1,000,000 left)" in first.stderr
     assert "the white box names the oracle's class for 100.0% of the clean draws" in first.stdout
     assert "transfer" not in first.stdout
-    monkeypatch.setattr(cli, "_SAME_CLASSIFIER", 1.01)
+    monkeypatch.setattr(printing, "_SAME_CLASSIFIER", 1.01)
     rows = read(run / "attack-pgd-defended-1.tsv")
     accuracies = f"{summary(rows).clean_accuracy:.3f}", f"{summary(rows).accuracy:.3f}"
     assert all(accuracy in first.stdout for accuracy in accuracies)

@@ -18,7 +18,7 @@ from oracle_support import Caller, Running, pay
 from typer.testing import CliRunner, Result
 
 from defender_client import plan as plans
-from defender_client.certify import CERTIFIED_FILE, read
+from defender_client.certify import CERTIFIED_FILE, certified_accuracy, read
 from defender_client.cli import app
 from defender_client.config import preset_names
 from defender_client.oracle_client import RemoteOracle
@@ -78,14 +78,20 @@ def test_the_whole_way(server: Running, caller: Caller, tmp_path: Path) -> None:
     assert "this run will spend 362 more queries (1,000,000 left)" in trained.stderr
     assert "362 queries spent" in " ".join(trained.stdout.split())
     assert spent(server, caller) == 362
-    assert "will spend" not in run("train", preset, *to, *chosen, key=caller.key).stderr  # it is done
+    done = run("train", preset, *to, *chosen, "--json", key=caller.key)
+    assert "will spend" not in done.stderr  # it is done
+    assert json.loads(done.stdout) == {"stack": str(out / STACK_FILE), "queries": 362}
 
     certified = run("certify", "--run", out, *to, "--images", "2", key=caller.key)
     assert "will spend 220 more queries" in certified.stderr
     assert len(read(out / CERTIFIED_FILE)) == 2
     assert "2 images" in certified.stdout
-    run("certify", "--run", out, *to, "--images", "3", key=caller.key)
+    told = json.loads(run("certify", "--run", out, *to, "--images", "3", "--json", key=caller.key).stdout)
     assert spent(server, caller) == 362 + 330
+    assert (told["images"], told["queries"], told["path"]) == (3, 330, str(out / CERTIFIED_FILE))
+    rows = read(out / CERTIFIED_FILE)
+    assert told["certified_accuracy"]["0.25"] == certified_accuracy(rows, 0.25)
+    assert told["abstained"] == sum(row.predict == -1 for row in rows)
     assert json.loads(run("plan", preset, *to, *chosen, "--json", key=caller.key).stdout)["total"] == 0
 
     audited = run("audit", out, *to, key=caller.key).stdout
@@ -94,7 +100,7 @@ def test_the_whole_way(server: Running, caller: Caller, tmp_path: Path) -> None:
     answer = json.loads(run("audit", out, *to, "--json", key=caller.key).stdout)
     assert (answer["equal"], answer["logged"], answer["metrics"], answer["differences"]) == (True, 692, 692, [])
 
-    run("report", out)
+    assert json.loads(run("report", out, "--json").stdout) == {"report": str(out / "report.html")}
     assert (out / "report.html").is_file()
     run("report", out, "--out", tmp_path / "elsewhere" / "index.html")
     assert (tmp_path / "elsewhere" / "certified-accuracy.png").is_file()

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from defender_client import ranks as ranking
 from defender_client.config import load_preset
 from defender_client.errors import ConfigError
 from defender_client.jobs import check_shareable
@@ -14,6 +13,7 @@ from defender_client.query_log import LOG_FILE, QueryLog, log_file
 from defender_client.ranks import ALONE, Ranks, together
 from defender_client.row_parts import SharedRows, parts_of
 from defender_client.sources import LiveOracle, RecordedRun
+from defender_client.terminal import speaker
 
 
 @pytest.mark.parametrize("count", [0, 1, 5, 6, 64])
@@ -31,8 +31,8 @@ def test_one_process_is_alone_and_an_environment_that_is_not_torchruns_is_refuse
         monkeypatch.setenv("WORLD_SIZE", size) if size else monkeypatch.delenv("WORLD_SIZE", raising=False)
         with together() as ranks:
             assert ranks is ALONE
-    assert ranking.name({"WORLD_SIZE": "2", "RANK": "1"}) == "rank 1: "
-    assert ranking.name({}) == ""
+    assert speaker({"WORLD_SIZE": "2", "RANK": "1"}) == "rank 1: "
+    assert speaker({}) == ""
     monkeypatch.delenv("RANK", raising=False)
     for size, why in (("2", "RANK"), ("two", "WORLD_SIZE"), ("0", "WORLD_SIZE")):
         monkeypatch.setenv("WORLD_SIZE", size)

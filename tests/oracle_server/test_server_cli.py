@@ -71,6 +71,8 @@ def test_verify_and_export_explain_the_ledger() -> None:
     pay(ledger, ledger.get_client("a").id, 4, "k")
     ledger.close()
     assert "4 queries" in run("ledger", "verify").stdout
+    told = json.loads(run("ledger", "verify", "--json").stdout)
+    assert (told["intact"], told["queries"], told["findings"]) == (True, 4, [])
     exported = run("ledger", "export").stdout.encode().splitlines(keepends=True)
     entries = [json.loads(line)["entry"] for line in exported[1:-1]]
     assert [(e["kind"], e["rows"]) for e in entries] == [("client", 0), ("budget", 0), ("reserve", 4), ("charge", 4)]
@@ -78,6 +80,9 @@ def test_verify_and_export_explain_the_ledger() -> None:
     with sqlite3.connect("oracle-ledger.db") as connection:
         connection.execute("UPDATE clients SET spent = 3")
     assert "spent is 3 and its entries say 4" in run("ledger", "verify", code=1).stderr
+    told = json.loads(run("ledger", "verify", "--json", code=1).stdout)
+    assert not told["intact"]
+    assert "spent is 3 and its entries say 4" in told["findings"][0]
 
 
 @pytest.mark.parametrize(
