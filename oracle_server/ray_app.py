@@ -97,7 +97,7 @@ def run(settings: Settings, replicas: Replicas, *, address: str | None, announce
     # Before anything is started: what is wrong with it is said here, in one line, and the key is made once.
     key = given["signing_key"] and Path(given["signing_key"])
     Ledger.open(given["ledger"], signing_key=key, timeout=settings.ledger_timeout).close()
-    port = _free_port(settings.host, settings.port)
+    port = _free_port(settings.host, settings.port) if address is None else settings.port  # a machine of its own
     # The handlers after Ray's own, which it puts there when it starts.
     with _cluster(ray, address, replicas), _stopped_by_signal() as stopped:
         serve.start(http_options={"host": settings.host, "port": port})

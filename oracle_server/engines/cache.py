@@ -114,7 +114,9 @@ def alone(folder: Path | None) -> Iterator[None]:
         if folder is not None:
             with contextlib.suppress(OSError):
                 folder.mkdir(parents=True, exist_ok=True)
-                fcntl.flock(stack.enter_context((folder / "measuring.lock").open("w")), fcntl.LOCK_EX)
+                descriptor = os.open(folder, os.O_RDONLY)
+                stack.callback(os.close, descriptor)
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
 
 

@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -82,6 +84,24 @@ def test_a_damaged_cache_is_measured_anew(
     caplog.clear()
     build_engine(small, Settings(engine="eager", engine_block=4))
     assert measured(caplog)
+
+
+def test_servers_that_start_together_take_one_choice(
+    folder: Path, small: Classifier, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They would measure at the same time, and could choose differently."""
+    caplog.set_level(logging.INFO)
+    together = threading.Barrier(2)
+
+    def build() -> None:
+        together.wait()
+        build_engine(small, Settings(engine="eager", engine_block=4))
+
+    with ThreadPoolExecutor(2) as pool:
+        for started in [pool.submit(build) for _ in range(2)]:
+            started.result()
+    assert caplog.text.count("measured in") == 1
+    assert caplog.text.count("measured at an earlier start") == 1
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(small: Classifier, tmp_path: Path) -> None:

@@ -110,3 +110,13 @@ def test_a_cpu_quota_counts(tmp_path: Path, files: dict[str, str], expected: int
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content)
     assert usable_cpus(tmp_path) == (expected or usable_cpus(tmp_path / "none"))
+
+
+@pytest.mark.parametrize(("said", "expected"), [("1", 1), (" 1 ,4", 1), ("100000", None), ("many", None), ("0", 1)])
+def test_cores_set_aside_for_others_do_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, expected: int | None
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    unsaid = usable_cpus(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", said)
+    assert usable_cpus(tmp_path) == (expected or unsaid)

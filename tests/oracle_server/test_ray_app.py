@@ -46,7 +46,7 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed: extra 'ray'"),
     pytest.mark.timeout(300),
 ]
-THREADS, REQUESTS, ROWS = 6, 12, 150
+THREADS, REQUESTS, ROWS = 6, 9, 150
 SHAPE = (1, 8, 8)
 MOST_BODY = 2**20
 
@@ -57,6 +57,7 @@ class Cluster:
 
     url: str
     ledger: Ledger
+    log: Path
 
     def caller(self, name: str, budget: int) -> Caller:
         """A client, whose every request is on a connection of its own."""
@@ -95,7 +96,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             line = lines.get(timeout=240)
             assert line.startswith("listening on http://127.0.0.1:"), (folder / "log").read_text()
             ledger = Ledger.open(url, signing_key=key)
-            yield Cluster(line.removeprefix("listening on ").strip(), ledger)
+            yield Cluster(line.removeprefix("listening on ").strip(), ledger, folder / "log")
             child.send_signal(signal.SIGINT)
             assert child.wait(60) == 0, (folder / "log").read_text()
             with ledger.reading() as connection:  # every replica that could take its leave did
@@ -131,6 +132,11 @@ def test_a_request_and_its_answer_pass_the_proxy_as_they_are(cluster: Cluster) -
     for _ in range(4):
         assert caller.budget()["spent"] == 5
         assert 'oracle_queries_total{client="wire"} 5.0' in caller.http.get(protocol.METRICS_ROUTE).text
+
+
+def test_a_replica_takes_the_cores_that_it_was_given(cluster: Cluster) -> None:
+    assert "engine eager" in cluster.log.read_text()
+    assert " 1 thread(s), blocks of 1 rows" in cluster.log.read_text()  # of half a core, and not of the machine's
 
 
 def test_a_decoder_is_known_to_whichever_replica_is_asked(cluster: Cluster) -> None:

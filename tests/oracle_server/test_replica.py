@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from fastapi import FastAPI
 from oracle_support import Held, digits
+from sqlalchemy import text
 
 from oracle_server.app import create_app
 from oracle_server.ledger import Ledger
@@ -20,6 +21,7 @@ from oracle_server.replica import NotStarted, Replica
 from oracle_server.replicas import shared_settings
 from oracle_server.settings import Settings
 from shared.wire import codec, protocol
+from shared.wire.errors import Unavailable
 
 ROWS = 4
 
@@ -167,6 +169,21 @@ def test_what_is_inside_at_the_end_is_finished_before_the_ledger_closes(settings
     assert (ledger.account(client_id).spent, ledger.account(client_id).held) == (ROWS, 0)
     assert ledger.verify().intact
     ledger.close()
+
+
+def test_it_is_well_as_long_as_its_ledger_can_be_read(settings: Settings) -> None:
+    async def scenario() -> None:
+        replica = Slow(settings)
+        async with living(replica):
+            await replica.check()
+            with replica.service.ledger._writing.begin() as connection:
+                connection.execute(text("ALTER TABLE chain RENAME TO elsewhere"))
+            with pytest.raises(Unavailable):
+                await replica.check()
+            with replica.service.ledger._writing.begin() as connection:
+                connection.execute(text("ALTER TABLE elsewhere RENAME TO chain"))
+
+    asyncio.run(scenario())
 
 
 def test_what_keeps_it_from_starting_is_told(settings: Settings, tmp_path: Path) -> None:
