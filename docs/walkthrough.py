@@ -4,6 +4,12 @@
 # A script in cells: VS Code, PyCharm and Jupyter (with jupytext) run it cell by cell, and `python docs/walkthrough.py`
 # as a whole, in about a minute. It needs `pip install -e '.[server,client,onnxruntime,art]'`. The API is in library.md.
 
+# %% [markdown]
+# ## An oracle
+#
+# A program of its own, with a ledger of its own. Its operator adds a client with a budget of so many queries (rows
+# through the classifier); what the client gets is an address and a key.
+
 # %%
 import atexit
 import contextlib
@@ -12,6 +18,35 @@ import sys
 import tempfile
 from pathlib import Path
 
+folder = Path(tempfile.mkdtemp(prefix="walkthrough-"))
+running = contextlib.ExitStack()  # of the servers below; closed at the end, and in any case when Python ends
+atexit.register(running.close)
+
+
+def start_oracle(name: str, budget: int, *options: str) -> tuple[subprocess.Popen[str], str]:
+    """Serve from another process until `running` is closed; the process, and the key of a client with a budget."""
+    command, ledger = [sys.executable, "-m", "oracle_server"], ["--ledger", str(folder / f"{name}.db")]
+    adding = [*command, "clients", "add", "reader", "--budget", str(budget), *ledger]
+    key = subprocess.run(adding, check=True, capture_output=True, text=True).stdout.strip()
+    # The engine is named, so that there are no others to compare it with at the start.
+    serving = [*command, "serve", "--port", "0", "--engine", "eager", *ledger, *options]
+    process = running.enter_context(subprocess.Popen(serving, stdout=subprocess.PIPE, text=True))
+    running.callback(process.terminate)
+    return process, key
+
+
+def address(process: subprocess.Popen[str]) -> str:
+    """Where it listens, as soon as it does."""
+    assert process.stdout is not None
+    return process.stdout.readline().removeprefix("listening on ").strip()
+
+
+hidden, key = start_oracle("hidden", 100_000)
+
+# %% [markdown]
+# While it starts, the library.
+
+# %%
 from shared import process
 
 process.prepare()  # before torch is loaded: oracle and defender share this machine, and whoever waits is to sleep
@@ -39,32 +74,7 @@ from defender_client.data import load_test
 
 torch.manual_seed(0)
 np.random.seed(0)  # ART draws from it
-folder = Path(tempfile.mkdtemp(prefix="walkthrough-"))
-running = contextlib.ExitStack()  # of the servers below; closed at the end, and in any case when Python ends
-atexit.register(running.close)
-
-# %% [markdown]
-# ## An oracle
-#
-# A program of its own, with a ledger of its own. Its operator adds a client with a budget of so many queries (rows
-# through the classifier); what the client gets is an address and a key.
-
-
-# %%
-def start_oracle(name: str, budget: int, *options: str) -> tuple[str, str]:
-    """Serve from another process until `running` is closed; the address, and the key of a client with a budget."""
-    command, ledger = [sys.executable, "-m", "oracle_server"], ["--ledger", str(folder / f"{name}.db")]
-    added = [*command, "clients", "add", "reader", "--budget", str(budget), *ledger]
-    key = subprocess.run(added, check=True, capture_output=True, text=True).stdout.strip()
-    # The engine is named, so that nothing is measured at the start.
-    serving = [*command, "serve", "--port", "0", "--engine", "eager", *ledger, *options]
-    process = running.enter_context(subprocess.Popen(serving, stdout=subprocess.PIPE, text=True))
-    running.callback(process.terminate)
-    assert process.stdout is not None
-    return process.stdout.readline().removeprefix("listening on ").strip(), key
-
-
-url, key = start_oracle("hidden", 100_000)
+url = address(hidden)
 oracle = running.enter_context(RemoteOracle(url, key))
 print(oracle.info)
 
@@ -89,9 +99,9 @@ settings = [
     'data.dataset="digits"',
     "data.train_images=0",
     "autoencoder.width=16",
-    "pretrain.autoencoder_epochs=20",
+    "pretrain.autoencoder_epochs=30",
     "pretrain.batch=64",
-    "train.steps=20",
+    "train.steps=40",
     "train.batch=16",
 ]
 config = load_preset("zo-ae-ds-cge", settings, scale="smoke")
@@ -130,7 +140,7 @@ print(f"{asked.queries:,} queries; l2 norms {(adversarial - images[:4]).flatten(
 assert asked.queries == oracle.budget().spent - before
 
 # %% [markdown]
-# Gradients the oracle has none. They may be estimated, at so many queries an image, and a budget ends where it ends.
+# Gradients the oracle has none. They may be estimated, at so many queries an image.
 
 # %%
 model = OracleModule(oracle, make_estimator("rge", q=50, generator=torch.Generator().manual_seed(0)))
@@ -138,10 +148,6 @@ x = images[:2].clone().requires_grad_()
 torch.nn.functional.cross_entropy(model(x), labels[:2]).backward()
 print(f"|gradient| {x.grad.flatten(1).norm(dim=1).numpy().round(3)}, {model.queries} queries")
 assert model.queries == 2 + 2 * 51
-try:
-    oracle(torch.rand(oracle.remaining + 1, 1, 8, 8))
-except BudgetExhausted as refusal:
-    print(f"refused, and nothing charged beyond: {refusal.detail}")
 
 # %% [markdown]
 # ## For other programs
@@ -167,15 +173,24 @@ assert difference < 1e-5
 # 100 noisy copies vote for, or with a row of zeros where the vote may be luck. A row is one query, however many copies.
 
 # %%
-robust_url, robust_key = start_oracle(
-    "robust", 1000, "--defence", str(folder / "stack"), "--smooth", "100", "--smooth-alpha", "0.001"
-)
-robust = running.enter_context(RemoteOracle(robust_url, robust_key))
+smoothing = ("--smooth", "100", "--smooth-alpha", "0.001")
+serving, robust_key = start_oracle("robust", 1000, "--defence", str(folder / "stack"), *smoothing)
+robust = running.enter_context(RemoteOracle(address(serving), robust_key))
 told = predicted(robust(torch.cat([images[:4], adversarial])))
 print(f"digits {labels[:4].tolist()}: {told[:4].tolist()}; attacked: {told[4:].tolist()} ({ABSTAIN} is an abstention)")
 assert robust.info.abstains
 assert robust.budget().spent == 8
 assert torch.equal(told, predicted(robust(torch.cat([images[:4], adversarial])))), "the same image, the same answer"
+
+# %% [markdown]
+# Its budget ends where it ends: what it does not cover is refused whole, and not charged.
+
+# %%
+try:
+    robust(torch.rand(1000, 1, 8, 8))
+except BudgetExhausted as refusal:
+    print(f"refused: {refusal.detail}")
+assert robust.budget().remaining == 984
 
 # %%
 running.close()
