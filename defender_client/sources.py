@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from defender_client.endpoint import Endpoint, PythonEndpoint, V2Endpoint, described
+from defender_client.endpoint import Endpoint, PythonEndpoint, described
 from defender_client.errors import ConfigError
 from defender_client.foreign import Asker, ForeignOracle, PlannedOracle
 from defender_client.foreign_callable import ForeignCallable
@@ -151,8 +151,9 @@ class ServerAt:
 
     def _settled(self) -> LiveSource:
         if not keeps_a_ledger(self.url, self.api_key, self.ca):
-            values = {"url": self.url, "model": protocol.MODEL_NAME, **self.changes}
-            endpoint = V2Endpoint.model_validate(values)
+            endpoint = described(self.url, {"model": protocol.MODEL_NAME, **self.changes})
+            if endpoint is None:
+                raise ConfigError(f"{self.url} is not one of ours: name its model, {self.url}/v2/models/NAME")
             return ForeignSource(endpoint, self.api_key, self.budget, self.ca, self.key_file)
         if self.budget is not None or self.changes:
             raise ConfigError(
