@@ -54,7 +54,7 @@ def main() -> None:
         urls = []
         for way in ways:  # one after another: the first one measures the engine for all
             child = stack.enter_context(Child([sys.executable, "-m", "oracle_server", *way, *given]))
-            urls.append(child.line(_START_S).removeprefix("listening on ").strip())
+            urls.append(_address(child))
         asked = {_ONE: urls[:1], _TWO: urls[:2], _RAY: urls[2:]}
         oracles = {each: stack.enter_context(RemoteOracle(each, key.reveal())) for each in urls}
         pool = stack.enter_context(ThreadPoolExecutor(options.threads))
@@ -70,6 +70,14 @@ def main() -> None:
         verified = ledger.verify()
         print(f"\nverify: {verified.entries:,} entries, {len(verified.findings)} findings")
         sys.exit(not verified.intact)
+
+
+def _address(child: Child) -> str:
+    """What a server says once it answers; Ray may have something to say before."""
+    said = ""
+    while not said.startswith("listening on "):
+        said = child.line(_START_S)
+    return said.removeprefix("listening on ").strip()
 
 
 def _own_database() -> str:

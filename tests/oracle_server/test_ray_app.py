@@ -93,8 +93,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             target=lambda: [lines.put(line) for line in itertools.chain(child.stdout or (), [""])], daemon=True
         ).start()
         try:
-            line = lines.get(timeout=240)
-            assert line.startswith("listening on http://127.0.0.1:"), (folder / "log").read_text()
+            line = "\n"
+            while line and not line.startswith(
+                "listening on http://127.0.0.1:"
+            ):  # Ray may have something to say before
+                line = lines.get(timeout=240)
+            assert line, (folder / "log").read_text()
             ledger = Ledger.open(url, signing_key=key)
             yield Cluster(line.removeprefix("listening on ").strip(), ledger, folder / "log")
             child.send_signal(signal.SIGINT)
