@@ -70,6 +70,7 @@ def same_accounts(server: Running, run: Path, caller: Caller) -> None:
         assert audit([run], oracle).differences == ()
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS.keys())
 def test_two_ranks_make_the_steps_of_one_process(server: Running, tmp_path: Path, settings: tuple[str, ...]) -> None:
     settings = (*settings, *COARSE)
@@ -104,6 +105,7 @@ def run(trained: Trained, tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.timeout(600)
 def test_two_ranks_certify_as_one_process_and_go_on_from_each_others_rows(
     server: Running, trained: Trained, run: Path, tmp_path: Path
 ) -> None:
@@ -134,6 +136,8 @@ def asked(run: Path, rank: int) -> int:
     return sum(request.purpose == "train" and request.charged is not None for request in known)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_rank_that_is_lost_interrupted_or_refused_stops_all_and_the_run_resumes(
     server: Running, tmp_path: Path
 ) -> None:
