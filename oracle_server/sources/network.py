@@ -14,10 +14,10 @@ Bound = Literal["eager", "onnxruntime"]
 
 @dataclass(frozen=True)
 class Network:
-    """A network without its preprocessing: float32 in, logits [n, classes] out, in evaluation mode.
+    """A network without its preprocessing: float32 in, logits [n, classes] out, on the CPU.
 
     Attributes:
-        module: the network.
+        module: the network; whoever puts preprocessing before it sets its mode.
         input_shape: of one image as the network reads it, in its own order of axes; None for what it leaves open.
         image_size: (h, w) that are usual for it; None where nothing is.
         mean, std: per channel, of the images it was trained on; None where the source does not say.

@@ -50,7 +50,7 @@ def load_code(name: str, weights: str | None) -> Network:
         fill(network, read_weights(Path(weights))[0])
         files = (Path(weights),)
     # Its code is in no state dict: what was measured of it yesterday may be of another network.
-    return Network(network.cpu().float().eval().requires_grad_(False), remembered=False, files=files)
+    return Network(network.cpu().float(), remembered=False, files=files)
 
 
 def _said(error: Exception) -> str:
