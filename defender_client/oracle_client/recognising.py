@@ -6,16 +6,14 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from defender_client.endpoint import JsonEndpoint, V2Endpoint
 from defender_client.errors import ConfigError
 from defender_client.oracle_client.connection import Connection
 from defender_client.oracle_client.foreign_json import ForeignJson, server_of
 from defender_client.oracle_client.foreign_v2 import ForeignV2
+from defender_client.oracle_client.remote import RemoteOracle
 from defender_client.oracle_client.retrying import Retrier
-from shared.wire import protocol
-from shared.wire.errors import MethodNotAllowed, NotFound, UnexpectedAnswer
+from shared.wire.errors import MethodNotAllowed, UnexpectedAnswer
 
 _RETRY_SECONDS, _PATIENCE_SECONDS = 120.0, 3600.0
 
@@ -26,14 +24,11 @@ def keeps_a_ledger(url: str, api_key: str | None, ca: Path | None) -> bool:
     Raises:
         OracleError: it cannot be reached, or does not know the key.
     """
-    connection = Connection(url, api_key, Retrier(_RETRY_SECONDS, _PATIENCE_SECONDS), ca=ca)
-    try:
-        protocol.BudgetStatement.model_validate_json(connection.get(protocol.BUDGET_ROUTE).content)
-    except (NotFound, MethodNotAllowed, UnexpectedAnswer, ValidationError):
-        return False
-    finally:
-        connection.close()
-    return True
+    with RemoteOracle(url, api_key, ca=ca) as asked:
+        try:
+            return asked.budget() is not None
+        except (MethodNotAllowed, UnexpectedAnswer):
+            return False
 
 
 def asker(endpoint: V2Endpoint | JsonEndpoint, api_key: str | None, ca: Path | None) -> ForeignV2 | ForeignJson:
