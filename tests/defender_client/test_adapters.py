@@ -77,8 +77,15 @@ def test_an_oracle_is_asked_in_batches_that_it_takes(server: Running, classifier
 def test_rows_of_a_function_are_counted_too(classifier: nn.Module) -> None:
     with pytest.raises(ConfigError, match="image_shape and classes"):
         Counted(classifier)
-    asked = Counted(classifier, image_shape=(1, 8, 8), classes=10, batch=3)
+    sizes = []
+
+    def function(images: Tensor) -> Tensor:
+        sizes.append(len(images))
+        return classifier(images)
+
+    asked = Counted(function, image_shape=(1, 8, 8), classes=10, batch=3)
     array = asked(np.zeros((7, 1, 8, 8)))
+    assert sizes == [3, 3, 1]
     assert (array.shape, array.dtype, asked.queries) == ((7, 10), np.float32, 7)
     assert asked(torch.zeros(0, 1, 8, 8)).shape == (0, 10)
     wrong = Counted(classifier, image_shape=(1, 8, 8), classes=9)
@@ -194,6 +201,13 @@ def test_gradients_may_be_estimated_from_counted_queries(classifier: nn.Module, 
     assert float(nn.functional.cosine_similarity(rough, true, dim=1).mean()) > 0.4
     with pytest.raises(ValueError, match="use rge, cge"):
         OracleModule(asked, make_estimator("prior", q=3, generator=generator))
+
+
+def test_probes_stay_within_what_an_oracle_takes(server: Running) -> None:
+    images = torch.zeros(2, 1, 8, 8, requires_grad=True)  # at the edge: a step back is no image
+    with client(server, 1000) as (oracle, caller):
+        OracleModule(oracle, make_estimator("cge", difference="central"))(images).sum().backward()
+        assert spent(server, caller) == 2 * (1 + 2 * 64)
 
 
 # --- any oracle ------------------------------------------------------------------------------------------------------
