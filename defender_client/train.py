@@ -169,7 +169,7 @@ class _Trainer:
         targets: dict[str, Tensor],
         mu: float,
         whitebox: WhiteBox | None,
-        ranks: Ranks,
+        ranks: Ranks = ALONE,
     ) -> None:
         self._ranks = ranks
         self._config, self._run, self._splits, self._oracle = config, run, splits, oracle
