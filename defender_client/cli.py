@@ -185,7 +185,7 @@ def pretrain(
 
 @app.command(
     epilog="`defender-client train zo-ae-ds --oracle http://HOST:8600 --data DIR --out runs/mine --set train.lr=0.0005`"
-    "\n\nOn several processes: `torchrun --nproc-per-node 2 -m defender_client train ...`. Of a server that is not "
+    "\n\nOn several processes: `torchrun --nproc-per-node 2 -m -- defender_client train ...`. Of a server that is not "
     "ours: `--oracle URL/v2/models/NAME --budget N`. Curves: `tensorboard --logdir runs`."
 )
 def train(

@@ -1,6 +1,6 @@
 """Several processes that make one run together, as `torchrun` starts them: who each is, and what they tell each other.
 
-    torchrun --nproc-per-node 2 -m defender_client train PRESET --oracle URL --out RUN
+    torchrun --nproc-per-node 2 -m -- defender_client train PRESET --oracle URL --out RUN
 
 Rank 0 leads: it holds the run's directory and writes what there is one of. What ranks tell each other is tensors, as
 safetensors, and JSON; nothing is pickled. It travels by gloo, on the CPU; gradients by `DistributedDataParallel`, over

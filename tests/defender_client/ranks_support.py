@@ -85,7 +85,16 @@ def torchrun(size: int, *arguments: str | Path, output: Path, key: str) -> Itera
     options = ["--nproc-per-node", str(size), "--master-addr", "127.0.0.1", "--master-port", str(free_port())]
     with output.open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", *options, "-m", "defender_client", *map(str, arguments)],
+            [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                *options,
+                "-m",
+                "--",
+                "defender_client",
+                *map(str, arguments),
+            ],
             stdout=log,
             stderr=log,
             env=os.environ | {"ORACLE_API_KEY": key, "OMP_NUM_THREADS": "1"},

@@ -30,7 +30,7 @@ from test_train import last_checkpoint
 
 from defender_client import config as configs
 from defender_client.audit import audit
-from defender_client.certify import CERTIFIED_FILE
+from defender_client.certify import CERTIFIED_FILE, read
 from defender_client.query_log import QueryLog, log_file
 from defender_client.row_parts import parts_of
 from defender_client.train import STACK_FILE
@@ -180,6 +180,12 @@ def test_a_rank_that_is_lost_interrupted_or_refused_stops_all_and_the_run_resume
         ended(started)
     assert apart(tmp_path / "one", run) < 1e-3
     assert spent(server, caller) == spent(server, alone) == last_checkpoint(run).progress.queries
+    # As a user types it: torchrun takes options for its own, even behind the module's name, unless `--` says otherwise.
+    certify = ("certify", "--run", run, "--oracle", server.url, "--images", "4")
+    with torchrun(2, *certify, output=tmp_path / "certified.log", key=caller.key) as under_way:
+        assert under_way.process.wait(120) == 0, under_way.said
+    assert "4 images" in under_way.said
+    assert len(read(run / CERTIFIED_FILE)) == 4
     same_accounts(server, run, caller)
     # One process has all accounts of it too.
     train_here(tiny(tmp_path, *settings), run, server.url, caller.key)
