@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import torchvision
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
@@ -63,7 +62,7 @@ def key_of(module: nn.Module, shape: tuple[int, ...], settings: Settings, device
     digest = hashlib.sha256()
     said = {
         "format": _FORMAT,
-        "versions": [VERSION, torch.__version__, torchvision.__version__, _version("onnxruntime"), _version("onnx")],
+        "versions": [VERSION, torch.__version__, _version("torchvision"), _version("onnxruntime"), _version("onnx")],
         "machine": [platform.machine(), _cpu(), threads, _gpu(device)],
         "settings": settings.model_dump(mode="json", include={"engine", "engine_block", "precision", "tf32"}),
         "variables": sorted((k, v) for k, v in os.environ.items() if k.startswith(_CHOOSING)),

@@ -7,7 +7,6 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torchvision
 from torch import nn
 
 from shared.models.classifiers import CIFAR_DEPTHS, SMALL_CNNS, build_own
@@ -54,6 +53,8 @@ def build(name: str, channels: int, classes: int, names_in_state: Collection[str
             "aux_logits": any(key.startswith(("aux", "AuxLogits")) for key in names_in_state),
             "init_weights": False,
         }
+    import torchvision  # takes seconds, and only its own models need it
+
     model: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=classes, **options)
     return model
 
@@ -65,12 +66,18 @@ def usual(name: str) -> Usual:
     if name in SMALL_CNNS:
         return Usual()
     check_name(name)
+    import torchvision
+
     transforms = torchvision.models.get_model_weights(name).DEFAULT.transforms()
     return Usual(transforms.crop_size[0], tuple(transforms.mean), tuple(transforms.std))
 
 
 def check_name(name: str) -> None:
     """Raise `ModelError`, with the nearest names, unless an architecture has this name."""
+    if name in _OWN:
+        return
+    import torchvision
+
     known = [*_OWN, *torchvision.models.list_models(module=torchvision.models)]
     if name in known:
         return

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from shared.measurements import Measurement
@@ -169,6 +168,8 @@ def load_reconstructor(weights: Path, model: str | None = None) -> Reconstructor
 def _read(source: ClassifierSource) -> tuple[dict[str, Tensor], WeightsInfo]:
     model, weights = source.model, source.weights
     if model is not None and not Path(weights).is_file() and _is_torchvisions(model):
+        import torchvision
+
         names = [known.name for known in torchvision.models.get_model_weights(model)]
         if weights in (*names, "DEFAULT"):
             return _download(model, weights)
@@ -188,10 +189,14 @@ def needs_weights(model: str) -> ModelError:
 
 
 def _is_torchvisions(model: str) -> bool:
+    import torchvision
+
     return model in torchvision.models.list_models(module=torchvision.models)
 
 
 def _download(model: str, name: str) -> tuple[dict[str, Tensor], WeightsInfo]:
+    import torchvision
+
     weights = torchvision.models.get_model_weights(model)[name]
     transforms = weights.transforms()
     try:
