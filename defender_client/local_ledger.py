@@ -32,6 +32,7 @@ from defender_client.query_log import LOG_FILE, QueryLog
 from defender_client.request_key import RequestKey
 from shared.audit.accounts import CLIENT_NOTE, Account, Accounts
 from shared.audit.chain import Entry, canonical_json, genesis, link
+from shared.audit.charges import shown
 from shared.audit.export import Examined, local_first_line, local_line
 from shared.audit.key_file import KeyFileError, create_signer, load_signer, sync_directory
 from shared.audit.signatures import Head, Signer
@@ -116,7 +117,7 @@ class LocalLedger:
         """The entries that paid for something, oldest first."""
         with self._lock:
             entries = [entry for entry in self._entries if entry.kind == "charge"]
-        return iter([_shown(entry) for entry in entries])
+        return iter([shown(entry) for entry in entries])
 
     def paid(self) -> Iterator[tuple[Entry, str]]:
         """The entries that paid for something, each with its purpose, oldest first."""
@@ -306,17 +307,6 @@ def _refuse_unaccounted(run: Path) -> None:
 
 def _signed_line(signer: Signer, ledger: str, entry: Entry, hashed: bytes) -> str:
     return local_line(entry, signer.sign_head(Head(ledger, entry.seq, hashed.hex(), entry.at)))
-
-
-def _shown(entry: Entry) -> protocol.ChargeEntry:
-    return protocol.ChargeEntry(
-        seq=entry.seq,
-        at=entry.at,
-        kind=entry.kind,
-        rows=entry.rows,
-        idempotency_key=entry.idempotency_key,
-        body_sha256=entry.body_sha256,
-    )
 
 
 def _now() -> str:

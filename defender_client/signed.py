@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from defender_client import receipts
 from defender_client.pinning import Pin
 from defender_client.query_log import LoggedRequest
+from shared.audit.charges import shown
 from shared.audit.signatures import Head, Receipt, SignatureInvalid, SignedHead, read_public_key
 from shared.wire.protocol import ChargeEntry, LedgerStatement
 
@@ -92,13 +93,5 @@ def _misplaced(good: Iterable[Receipt], entries: Iterable[ChargeEntry]) -> Itera
     by_seq = {entry.seq: entry for entry in entries}
     for receipt in good:
         entry = receipt.entry
-        said = ChargeEntry(
-            seq=entry.seq,
-            at=entry.at,
-            kind=entry.kind,
-            rows=entry.rows,
-            idempotency_key=entry.idempotency_key,
-            body_sha256=entry.body_sha256,
-        )
-        if by_seq.get(entry.seq) != said:
+        if by_seq.get(entry.seq) != shown(entry):
             yield f"{entry.idempotency_key}: its receipt is of entry {entry.seq}, and the server says otherwise now"

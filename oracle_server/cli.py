@@ -225,24 +225,19 @@ def serve(
         run(settings, lambda url: typer.echo(f"listening on {url}"))
 
 
+_OF_AN_ENGINE = ("engine", "engine_cache", "device")
+_OF_IMAGES = ("preprocessing", "classes", "channels", "image_size", "mean", "std")
+_OF_THE_MODEL = frozenset(("task", "model", "weights", *_OF_AN_ENGINE, *_OF_IMAGES))
+
+
 @app.command()
+@with_options_of(serve, only=_OF_THE_MODEL)
 def model_card(
-    task: TaskOption = None,
-    model: ModelOption = None,
-    weights: WeightsOption = None,
-    preprocessing: PreprocessingOption = None,
-    engine: EngineOption = None,
-    engine_cache: EngineCacheOption = None,
-    device: DeviceOption = None,
-    classes: ClassesOption = None,
-    channels: ChannelsOption = None,
-    image_size: ImageSizeOption = None,
-    mean: MeanOption = None,
-    std: StdOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    **given: Any,
 ) -> None:
     """Say what these options would hide, for the operator: nothing of it can be asked of the server."""
-    settings = _settings({name: value for name, value in locals().items() if name != "as_json"})
+    settings = _settings(given)
 
     from oracle_server.model_card import make_card
     from shared.models.weight_files import ModelError

@@ -20,6 +20,7 @@ from oracle_server.ledger import Client
 from oracle_server.refusals import CALLER
 from oracle_server.service import Service
 from oracle_server.shedding import is_length
+from shared.audit.charges import shown
 from shared.version import VERSION
 from shared.wire import protocol
 from shared.wire.errors import MalformedRequest, NotFound
@@ -215,17 +216,7 @@ async def charges(
     page = found[:limit]
     return protocol.ChargePage(
         client=caller.name,
-        entries=tuple(
-            protocol.ChargeEntry(
-                seq=entry.seq,
-                at=entry.at,
-                kind=entry.kind,
-                rows=entry.rows,
-                idempotency_key=entry.idempotency_key,
-                body_sha256=entry.body_sha256,
-            )
-            for entry in page
-        ),
+        entries=tuple(shown(entry) for entry in page),
         next_after=page[-1].seq if len(found) > limit else None,
     )
 
