@@ -29,7 +29,12 @@ from shared.audit.signatures import SignatureInvalid, read_public_key
 from shared.version import VERSION
 from shared.wire.errors import OracleError
 
-app = typer.Typer(no_args_is_help=True, help="Hide a model and count every query.", pretty_exceptions_enable=False)
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",  # as markup, [default: ...] would be a style, and vanish
+    help="Hide a model and count every query.",
+    pretty_exceptions_enable=False,
+)
 clients_app = typer.Typer(no_args_is_help=True, help="Who may query, and how much.")
 ledger_app = typer.Typer(no_args_is_help=True, help="The account of every query.")
 app.add_typer(clients_app, name="clients")

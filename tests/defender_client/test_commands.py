@@ -100,5 +100,8 @@ def test_every_setting_of_the_server_is_an_option_and_a_variable(monkeypatch: py
     for name in Settings.model_fields:
         option = "--metrics" if name == "metrics_access" else f"--{name.replace('_', '-')}"
         assert re.search(rf"{option}\b", told), option
+    assert "[default: 127.0.0.1]" in told  # and is no markup, which would vanish
+    of_a_key = CliRunner().invoke(server, ["ledger", "verify", "--help"], env={"COLUMNS": "200"}).stdout
+    assert "[default: the signing key's own]" in of_a_key
     monkeypatch.setenv("ORACLE_MAX_BATCH_ROWS", "77")
     assert Settings().max_batch_rows == 77
